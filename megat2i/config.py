@@ -1,0 +1,321 @@
+"""The configuration of a run: frozen dataclasses, read from YAML plus ``section.key=value`` overrides.
+
+Every key of every YAML file is a field here; an unknown key, a wrong type or an impossible combination is one
+``ConfigError`` before anything starts. ``validate`` holds every rule that joins two fields: it refuses, never repairs.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from megat2i.vocab import VocabLayout
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key and the remedy."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: str = "runs/run"  # everything that the run writes
+
+
+@dataclass(frozen=True)
+class VocabConfig:
+    text_tokens: int = 50_277  # entries of the text tokenizer
+    image_codes: int = 16_384  # entries of the image codebook
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    prefix: str = ""  # PREFIX of PREFIX.bin, PREFIX.idx and PREFIX.json
+    weight: float = 1.0  # share of the blend
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: list[DatasetConfig] = field(default_factory=list)
+    valid: str | None = None  # prefix of the held-out files
+    mode: str = "text_to_image"  # text_to_image | image_only | text_only
+    sequence_length: int = 1152
+    caption_dropout: float = 0.0  # share of captions left empty, for guidance
+    seed: int = 0  # order of the samples and dropped captions
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    hidden: int = 2048
+    layers: int = 24
+    heads: int = 16
+    ffn: int | None = None  # None: open_lm's rule, 8/3 of hidden rounded up to 256
+    norm: str = "layer_norm"  # layer_norm | layer_norm_gain_only | rms_norm
+    norm_eps: float = 1e-5
+    qk_norm: bool = False
+    positions: str = "none"  # none | rotary
+    rotary_base: float = 10_000.0
+    seed: int = 0  # initial weights
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def ffn_hidden(self) -> int:
+        return self.ffn or 256 * ((int(8 * self.hidden / 3) + 255) // 256)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    steps: int = 1000  # length of the schedule
+    stop_at: int | None = None  # leave after this step, with a checkpoint
+    global_batch_size: int = 64  # sequences
+    micro_batch_size: int = 8  # sequences of one rank in one forward pass
+    warmup_steps: int = 100
+    evaluate_every: int = 0  # steps; 0: only at the end
+    evaluate_samples: int = 256
+    checkpoint_every: int = 0  # steps; 0: only at the end
+    keep_checkpoints: int = 2
+    sample_every: int = 0  # steps between images drawn for TensorBoard; 0: never
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    engine: str | None = None  # deepspeed | torch; None: deepspeed when its launcher started the run
+    lr: float = 3e-4
+    min_lr: float = 3e-5
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on every parameter, as open_lm
+    clip: float = 1.0  # gradient norm
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    text: float = 1.0  # weight of a text position in the objective
+    image: float = 1.0
+    special: float = 1.0
+    z_loss: float = 0.0
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    device: str = "auto"  # auto | cpu | cuda
+    dtype: str = "bfloat16"  # float32 | bfloat16, of weights and activations
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    prompts: list[str] = field(default_factory=list)
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    guidance: float = 1.0  # 1: off
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    vocab: VocabConfig = field(default_factory=VocabConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    @property
+    def vocab_layout(self) -> VocabLayout:
+        return VocabLayout(self.vocab.text_tokens, self.vocab.image_codes)
+
+
+# Fields that say how a run is executed, not what it computes: a resumed run may change them.
+EXECUTION_FIELDS = {
+    "run": {"dir"},
+    "training": {
+        "stop_at",
+        "micro_batch_size",
+        "evaluate_every",
+        "evaluate_samples",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "sample_every",
+    },
+    "optimizer": {"engine"},
+    "parallel": {"tensor", "pipeline", "sequence"},
+    "runtime": {"device"},
+    "sampling": {f.name for f in dataclasses.fields(SamplingConfig)},
+}
+
+CHOICES = {
+    "data.mode": ("text_to_image", "image_only", "text_only"),
+    "model.norm": ("layer_norm", "layer_norm_gain_only", "rms_norm"),
+    "model.positions": ("none", "rotary"),
+    "optimizer.engine": (None, "deepspeed", "torch"),
+    "runtime.device": ("auto", "cpu", "cuda"),
+    "runtime.dtype": ("float32", "bfloat16"),
+}
+
+# (key, smallest, largest) of every number that has limits
+LIMITS = (
+    ("data.sequence_length", 8, None),
+    ("data.caption_dropout", 0.0, 1.0),
+    ("model.hidden", 1, None),
+    ("model.layers", 1, None),
+    ("model.heads", 1, None),
+    ("model.ffn", 1, None),
+    ("training.steps", 1, None),
+    ("training.stop_at", 1, None),
+    ("training.global_batch_size", 1, None),
+    ("training.micro_batch_size", 1, None),
+    ("training.warmup_steps", 0, None),
+    ("training.evaluate_every", 0, None),
+    ("training.evaluate_samples", 1, None),
+    ("training.checkpoint_every", 0, None),
+    ("training.keep_checkpoints", 1, None),
+    ("training.sample_every", 0, None),
+    ("optimizer.lr", 0.0, None),
+    ("optimizer.min_lr", 0.0, None),
+    ("optimizer.weight_decay", 0.0, None),
+    ("optimizer.clip", 0.0, None),
+    ("loss.text", 0.0, None),
+    ("loss.image", 0.0, None),
+    ("loss.special", 0.0, None),
+    ("loss.z_loss", 0.0, None),
+    ("parallel.tensor", 1, None),
+    ("parallel.pipeline", 1, None),
+    ("sampling.temperature", 1e-6, None),
+    ("sampling.top_k", 0, None),
+    ("sampling.top_p", 1e-6, 1.0),
+    ("sampling.guidance", 0.0, None),
+)
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Read ``path`` (YAML), apply ``section.key=value`` overrides and check every field; raises ConfigError."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file")
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # YAML's and OmegaConf's errors share no base class
+        raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+    for override in overrides:
+        if "=" not in override.lstrip("="):
+            raise ConfigError(f"override '{override}': expected section.key=value")
+    config = _merge(_merge(OmegaConf.structured(Config), loaded, str(path)), None, "command line", list(overrides))
+    result = OmegaConf.to_object(config)
+    _check_fields(result)
+    return result
+
+
+def _merge(base, loaded, where: str, overrides: list[str] | None = None):
+    OmegaConf.set_readonly(base, False)  # OmegaConf makes frozen dataclasses read-only; merging is how they are filled
+    for key in base:
+        OmegaConf.set_readonly(base[key], False)
+    try:
+        return OmegaConf.merge(base, OmegaConf.from_dotlist(overrides) if overrides is not None else loaded)
+    except ConfigKeyError as error:
+        key = str(error.full_key or error.key)
+        *parents, last = key.split(".")
+        node = OmegaConf.select(base, ".".join(parents)) if parents else base
+        near = difflib.get_close_matches(last, list(node), 1) if OmegaConf.is_dict(node) else []
+        hint = f"; did you mean '{'.'.join([*parents, near[0]])}'?" if near else ""
+        raise ConfigError(f"{where}: unknown key '{key}'{hint}") from error
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ConfigError(f"{where}: {key}: {str(error).splitlines()[0]}") from error
+
+
+def _get(config: Config, key: str):
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _check_fields(config: Config) -> None:
+    """Checks of one field alone."""
+    for key, choices in CHOICES.items():
+        if _get(config, key) not in choices:
+            allowed = ", ".join(str(choice) for choice in choices if choice is not None)
+            raise ConfigError(f"{key} is '{_get(config, key)}'; it must be one of: {allowed}")
+    for key, low, high in LIMITS:
+        value = _get(config, key)
+        if value is not None and not (low <= value <= (high if high is not None else float("inf"))):
+            limits = f"between {low} and {high}" if high is not None else f"at least {low}"
+            raise ConfigError(f"{key} is {value}; it must be {limits}")
+    VocabLayout(config.vocab.text_tokens, config.vocab.image_codes)
+    for index, dataset in enumerate(config.data.train):
+        if not dataset.prefix or not dataset.weight > 0:
+            raise ConfigError(f"data.train[{index}] needs a prefix and a weight above 0, got {dataset}")
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Refuse combinations that cannot be trained with ``world_size`` processes; raises ConfigError."""
+    model, training, parallel = config.model, config.training, config.parallel
+    for name in ("tensor", "pipeline", "sequence"):
+        if getattr(parallel, name) > 1 or (name == "sequence" and parallel.sequence):
+            raise ConfigError(
+                f"parallel.{name}={getattr(parallel, name)}: this version trains with data parallelism only; "
+                "set parallel.tensor=1 parallel.pipeline=1 parallel.sequence=false"
+            )
+    if not config.data.train:
+        raise ConfigError("data.train is empty; name at least one dataset: data.train: [{prefix: data/openmoji/train}]")
+    if model.hidden % model.heads:
+        raise ConfigError(f"model.hidden={model.hidden} is not divisible by model.heads={model.heads}")
+    if model.positions == "rotary" and model.head_dim % 2:
+        raise ConfigError(f"model.positions=rotary needs an even head width, got hidden / heads = {model.head_dim}")
+    if training.warmup_steps >= training.steps:
+        raise ConfigError(
+            f"training.warmup_steps={training.warmup_steps} must be below training.steps={training.steps}"
+        )
+    if training.stop_at is not None and training.stop_at > training.steps:
+        raise ConfigError(f"training.stop_at={training.stop_at} is beyond training.steps={training.steps}")
+    sequences = training.micro_batch_size * world_size
+    if training.global_batch_size % sequences:
+        raise ConfigError(
+            f"training.global_batch_size={training.global_batch_size} is not a multiple of "
+            f"micro_batch_size x data-parallel ranks = {training.micro_batch_size} x {world_size} = {sequences}"
+        )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        raise ConfigError(f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}")
+    if config.loss.text + config.loss.image + config.loss.special == 0:
+        raise ConfigError("loss.text, loss.image and loss.special are all 0: there is nothing to train")
+    if training.sample_every and not config.sampling.prompts:
+        raise ConfigError("training.sample_every is set but sampling.prompts is empty")
+    if training.sample_every and config.sampling.guidance > 1 and config.data.caption_dropout == 0:
+        raise ConfigError(
+            f"sampling.guidance={config.sampling.guidance} needs a model that saw empty captions: "
+            "set data.caption_dropout above 0 or sampling.guidance=1"
+        )
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that ``load`` reads back unchanged."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def changed_identity(before: Config, after: Config) -> list[str]:
+    """Keys that differ and decide what the run computes, as ``section.key: before -> after``."""
+    changes = []
+    for section in dataclasses.fields(Config):
+        old, new = getattr(before, section.name), getattr(after, section.name)
+        for item in dataclasses.fields(old):
+            if item.name in EXECUTION_FIELDS.get(section.name, ()):
+                continue
+            if getattr(old, item.name) != getattr(new, item.name):
+                key = f"{section.name}.{item.name}"
+                changes.append(f"{key}: {getattr(old, item.name)} -> {getattr(new, item.name)}")
+    return changes

@@ -1,0 +1,104 @@
+"""The record of a run: one JSON object a step in ``metrics.jsonl`` and the same keys on TensorBoard."""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from megat2i.data.files import PendingFile, commit
+from megat2i.vocab import MODALITIES
+
+# Dense bfloat16 peak in FLOP/s by the vendor's data sheets, matched on the device's name.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak bfloat16 FLOP/s of one device; None where it is not known (all CPUs)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one step or one validation pass measured over the whole global batch.
+
+    ``nll``, ``correct`` and ``counts`` [3]: sums over the positions of each modality; ``weights`` [3] of the objective.
+    """
+
+    nll: Tensor
+    correct: Tensor
+    counts: Tensor
+    weights: tuple[float, float, float]
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """``loss`` is the unweighted mean over all positions; a modality without positions reports null."""
+        nll, counts = self.nll.tolist(), self.counts.tolist()
+        result: dict[str, float | int | None] = {"loss": sum(nll) / sum(counts)}
+        if len(set(self.weights)) > 1:
+            normaliser = sum(w * count for w, count in zip(self.weights, counts, strict=True))
+            result["objective"] = sum(w * value for w, value in zip(self.weights, nll, strict=True)) / normaliser
+        for index, modality in enumerate(MODALITIES):
+            mean = nll[index] / counts[index] if counts[index] else None
+            result[f"loss/{modality}"] = mean
+            if modality != "special":
+                result[f"ppl/{modality}"] = None if mean is None else math.exp(min(mean, 700.0))
+                result[f"accuracy/{modality}"] = self.correct[index].item() / counts[index] if counts[index] else None
+            result[f"tokens/{modality}"] = counts[index]
+        return result
+
+
+class MetricsLog:
+    """Writes ``metrics.jsonl`` and TensorBoard events in the run folder; used on the first rank only."""
+
+    def __init__(self, run_dir: Path, resume_step: int):
+        self.path = run_dir / "metrics.jsonl"
+        if self.path.exists():
+            self._keep_steps_up_to(resume_step)
+        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 (open for the whole run, closed by close)
+        self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+
+    def _keep_steps_up_to(self, step: int) -> None:
+        """Drop what a stopped run logged after its last checkpoint: those steps are done again."""
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # the line that was being written when the run was killed
+            if entry["step"] <= step:
+                kept.append(line + "\n")
+        file = PendingFile(self.path)
+        file.write("".join(kept).encode())
+        commit([file])
+
+    def write(self, entry: dict) -> None:
+        """Append one object; it needs ``step``. Numbers go to TensorBoard under the same key."""
+        self._file.write(json.dumps({key: _finite(value) for key, value in entry.items()}) + "\n")
+        prefix = f"{entry['split']}/" if "split" in entry else ""
+        for key, value in entry.items():
+            if key not in ("step", "split") and isinstance(value, int | float):
+                self.tensorboard.add_scalar(prefix + key, value, entry["step"])
+
+    def images(self, step: int, images: np.ndarray, prompts: list[str]) -> None:
+        """Show generated ``images`` [B, 3, H, W] uint8 on TensorBoard, each under its prompt."""
+        for image, prompt in zip(images, prompts, strict=True):
+            self.tensorboard.add_image(f"samples/{prompt}", image, step)
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self.tensorboard.close()
+
+
+def _finite(value):
+    """JSON has no NaN and no infinity: such a number is written as its name, which no reader mistakes for a value."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,44 @@
+"""What the trainer asks of an optimizer engine, and the pieces of state that a checkpoint sees of it."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
+KINDS = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous run of elements of one parameter's state that this rank owns.
+
+    ``kind``: the float32 master weight or one of Adam's moments. ``values``: a 1-D float32 view of the live state,
+    elements ``start`` .. ``start + len(values)`` of the flattened tensor of ``shape``.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    values: Tensor
+
+
+class Engine(Protocol):
+    """Reduces gradients over data-parallel ranks, clips, updates and zeroes them.
+
+    ``loss_scale``: the factor on each rank's share of the objective with which the reduced gradient is the gradient of
+    the whole objective. ``updates``: optimizer updates so far (Adam's step count).
+    """
+
+    loss_scale: float
+    updates: int
+
+    def step(self, lr: float) -> float:
+        """One update at ``lr``; returns the global gradient norm before clipping. Non-finite norms change nothing."""
+
+    def fragments(self) -> list[Fragment]:
+        """Every piece of state that this rank owns; over all ranks each element appears exactly once."""
+
+    def loaded(self, updates: int) -> None:
+        """To be called once the fragments' values were overwritten: refreshes weights derived from them."""

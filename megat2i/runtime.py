@@ -1,0 +1,103 @@
+"""Where a run executes: device, communication backend, dtype and rank, resolved once and started once.
+
+What is asked for explicitly and is missing raises; nothing falls back without saying so.
+"""
+
+import os
+import platform
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megat2i.config import Config, ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What this process runs on. ``launcher``: deepspeed | torchrun | slurm | none (a single process)."""
+
+    device: torch.device
+    dtype: torch.dtype
+    communication: str  # nccl | gloo
+    engine: str  # deepspeed | torch
+    launcher: str
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+    @staticmethod
+    def resolve(config: Config) -> "Backend":
+        """Read the launcher's environment and the machine; raises ConfigError for what is asked for but missing."""
+        launcher, rank, local_rank, world_size, local_world_size = _launched_as()
+        wanted = config.runtime.device
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("runtime.device=cuda, but this PyTorch sees no CUDA device; use runtime.device=cpu")
+        cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+        if cuda and local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {rank} is number {local_rank} here, where there are {torch.cuda.device_count()} CUDA devices: "
+                "start as many processes as devices"
+            )
+        return Backend(
+            device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
+            dtype=DTYPES[config.runtime.dtype],
+            communication="nccl" if cuda else "gloo",
+            engine=config.optimizer.engine or ("deepspeed" if launcher == "deepspeed" else "torch"),
+            launcher=launcher,
+            rank=rank,
+            local_rank=local_rank,
+            world_size=world_size,
+            local_world_size=local_world_size,
+        )
+
+    def start(self, seed: int) -> None:
+        """Seed PyTorch, share out the processor cores and join the process group."""
+        torch.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        else:
+            # Without this every rank would start a thread per core; one explicit wish of the user stands above it.
+            if "OMP_NUM_THREADS" not in os.environ or self.launcher != "none":
+                torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world_size))
+            # Subnormal numbers are many times slower on CPUs, and GPUs flush them too.
+            torch.set_flush_denormal(True)
+        if self.launcher == "none":
+            dist.init_process_group(self.communication, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(
+                self.communication, rank=self.rank, world_size=self.world_size, timeout=COLLECTIVE_TIMEOUT
+            )
+
+    def describe(self) -> str:
+        """One line for the log and for ``environment.json``."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor() or "cpu"
+        return (
+            f"device={self.device.type} ({name}) dtype={str(self.dtype).removeprefix('torch.')} "
+            f"communication={self.communication} engine={self.engine} launcher={self.launcher} "
+            f"ranks={self.world_size} threads={torch.get_num_threads()}"
+        )
+
+
+def _launched_as() -> tuple[str, int, int, int, int]:
+    """(launcher, rank, local rank, world size, ranks on this machine) from the launcher's environment variables."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        # DeepSpeed's launcher names the number of local ranks LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
+        launcher = "deepspeed" if "LOCAL_SIZE" in env else "torchrun"
+        local_world_size = env.get("LOCAL_SIZE") or env.get("LOCAL_WORLD_SIZE") or "1"
+        return launcher, int(env["RANK"]), int(env["LOCAL_RANK"]), int(env["WORLD_SIZE"]), int(local_world_size)
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+            raise ConfigError(
+                "started by srun without MASTER_ADDR and MASTER_PORT: export them in the job script, for example "
+                "MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1) MASTER_PORT=29500"
+            )
+        tasks_here = int(env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_NTASKS_PER_NODE", "1")).split("(")[0])
+        return "slurm", int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_NTASKS"]), tasks_here
+    return "none", 0, 0, 1, 1

@@ -1,0 +1,149 @@
+"""Training: one optimizer step, validation, and the loop around them."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from megat2i import checkpoint
+from megat2i.config import Config
+from megat2i.data.batches import Batch
+from megat2i.loss import ModalityLoss, count_tokens
+from megat2i.metrics import MetricsLog, StepMetrics, peak_flops
+from megat2i.model.gpt import GPT
+from megat2i.optim.engine import Engine
+from megat2i.optim.schedule import learning_rate
+from megat2i.pipeline import run_forward, run_schedule
+from megat2i.topology import ParallelGroups
+
+
+def train_step(
+    model: GPT, engine: Engine, batches: list[Batch], loss: ModalityLoss, groups: ParallelGroups, lr: float
+) -> tuple[StepMetrics, float]:
+    """One optimizer step over ``batches``, the micro-batches of this data-parallel rank.
+
+    Returns what was measured over the global batch, and the gradient norm before clipping.
+    """
+    counts = _summed(count_tokens([batch.modality for batch in batches]), groups)  # the only normaliser there is
+    sums = run_schedule(model, batches, loss, counts, engine.loss_scale)
+    grad_norm = engine.step(lr)
+    nll, correct = _summed(sums, groups)
+    return StepMetrics(nll, correct, counts, loss.weights), grad_norm
+
+
+def evaluate(model: GPT, batches: list[Batch], loss: ModalityLoss, groups: ParallelGroups) -> StepMetrics:
+    """Validation over this rank's ``batches``, with the same break-down as a training step."""
+    counts = _summed(count_tokens([batch.modality for batch in batches]), groups)
+    nll, correct = _summed(run_forward(model, batches), groups)
+    return StepMetrics(nll, correct, counts, loss.weights)
+
+
+def _summed(values: Tensor, groups: ParallelGroups) -> Tensor:
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    total = values.to(device)
+    dist.all_reduce(total, group=groups.data)
+    return total.cpu()
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where batches come from: micro-batches of a step, and the fixed validation batches (empty: none)."""
+
+    micro_batches: Callable[[int], list[Batch]]
+    validation: list[Batch]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that ``train`` works with. ``draw`` makes images [B, 3, H, W] of the configured prompts, if asked."""
+
+    config: Config
+    model: GPT
+    engine: Engine
+    data: Data
+    loss: ModalityLoss
+    groups: ParallelGroups
+    device: torch.device
+    draw: Callable[[], np.ndarray] | None
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.config.run.dir) / "checkpoints"
+
+
+def train(run: Run, first_step: int) -> None:
+    """Steps ``first_step`` .. the schedule's end (or ``stop_at``), with validation, samples and checkpoints on the way.
+
+    Step numbers in all records count completed updates: the first is 1.
+    """
+    training = run.config.training
+    last_step = training.stop_at or training.steps
+    leader = dist.get_rank() == 0
+    log = MetricsLog(Path(run.config.run.dir), first_step) if leader else None
+    bar = Progress(first_step, last_step) if leader else None
+    flops = run.model.flops_per_token(run.config.data.sequence_length)
+    peak = peak_flops(run.device)
+    for step in range(first_step + 1, last_step + 1):
+        started = time.perf_counter()
+        lr = learning_rate(step - 1, run.config.optimizer, training)
+        batches = run.data.micro_batches(step - 1)
+        metrics, grad_norm = train_step(run.model, run.engine, batches, run.loss, run.groups, lr)
+        seconds = time.perf_counter() - started
+        if leader:
+            tokens_per_s = int(metrics.counts.sum()) / seconds
+            entry = {"step": step, "lr": lr, **metrics.as_dict(), "grad_norm": grad_norm}
+            entry |= {"tokens_per_s": tokens_per_s, "step_s": seconds}
+            entry["mfu"] = tokens_per_s * flops / (peak * dist.get_world_size()) if peak else None
+            log.write(entry)
+            bar.update(entry)
+        _after_step(run, step, step == last_step, log)
+    if leader:
+        bar.close()
+        log.close()
+
+
+def _after_step(run: Run, step: int, last: bool, log: MetricsLog | None) -> None:
+    """Validation and samples where they are due and at the schedule's end; checkpoints also where the run stops."""
+    training = run.config.training
+
+    def due(every: int) -> bool:
+        return step == training.steps or (every > 0 and step % every == 0)
+
+    if run.data.validation and due(training.evaluate_every):
+        metrics = evaluate(run.model, run.data.validation, run.loss, run.groups)
+        if log:
+            log.write({"step": step, "split": "valid", **metrics.as_dict()})
+    if training.sample_every and due(training.sample_every) and log:
+        log.images(step, run.draw(), run.config.sampling.prompts)
+    if last or due(training.checkpoint_every):
+        checkpoint.save(run.checkpoints, step, run.engine, run.groups.layout(), training.keep_checkpoints)
+
+
+class Progress:
+    """The progress bar: step, loss of each modality, tokens/s, time left."""
+
+    def __init__(self, first_step: int, last_step: int):
+        interval = 0.5 if sys.stderr.isatty() else 20.0  # in a log file every refresh is a line
+        self.bar = tqdm(
+            initial=first_step,
+            total=last_step,
+            desc="training",
+            unit="step",
+            mininterval=interval,
+            maxinterval=interval,
+        )
+
+    def update(self, entry: dict) -> None:
+        parts = [f"{m} {entry[f'loss/{m}']:.3f}" for m in ("text", "image") if entry[f"loss/{m}"] is not None]
+        self.bar.set_postfix_str(f"{', '.join(parts)}, {entry['tokens_per_s']:,.0f} tokens/s", refresh=False)
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()

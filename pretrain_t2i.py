@@ -1,0 +1,76 @@
+"""Train a text-to-image model: ``deepspeed pretrain_t2i.py --config configs/X.yaml [section.key=value ...]``.
+
+Also runs under plain ``python`` (one process), ``torchrun`` and ``srun``.
+``--resume`` continues the run in ``run.dir``.
+"""
+
+import argparse
+import sys
+from functools import partial
+
+import torch
+from megat2i.kernels import choose_ops
+
+from megat2i.config import Config, ConfigError, load
+from megat2i.data.batches import TrainingData, evaluation_batches
+from megat2i.data.files import DataFileError
+from megat2i.data.t2i_dataset import T2IDataset
+from megat2i.loss import ModalityLoss
+from megat2i.model.gpt import GPT
+from megat2i.pretrain import RunError, pretrain
+from megat2i.runtime import Backend
+from megat2i.topology import ParallelGroups
+from megat2i.trainer import Data
+
+
+def model_provider(config: Config, backend: Backend) -> GPT:
+    """The model with its initial weights, on the run's device and in its dtype."""
+    layout = config.vocab_layout
+    with torch.device("meta"):
+        model = GPT(config.model, layout.size, layout.ranges, choose_ops(backend.device, backend.dtype))
+    model = model.to(backend.dtype).to_empty(device=backend.device)
+    model.initialise(config.model.seed)
+    return model
+
+
+def data_provider(config: Config, backend: Backend, groups: ParallelGroups) -> Data:
+    """Micro-batches of every step and the validation batches of this data-parallel rank."""
+    data, training = config.data, config.training
+    rank = {"dp_rank": groups.data_rank, "dp_size": groups.data_size, "micro_batch_size": training.micro_batch_size}
+    dataset = partial(
+        T2IDataset, vocab=config.vocab_layout, sequence_length=data.sequence_length, mode=data.mode, seed=data.seed
+    )
+    sources = [(dataset(d.prefix, caption_dropout=data.caption_dropout), d.weight) for d in data.train]
+    train = TrainingData(sources, data.seed, training.global_batch_size)
+    validation = []
+    if data.valid:
+        held_out = dataset(data.valid)
+        validation = list(evaluation_batches(held_out, **rank, rows=min(training.evaluate_samples, len(held_out))))
+    return Data(
+        micro_batches=lambda step: [batch.to(backend.device) for batch in train.micro_batches(step, **rank)],
+        validation=[batch.to(backend.device) for batch in validation],
+    )
+
+
+def loss_provider(config: Config) -> ModalityLoss:
+    """The objective: weights of the modalities and the z-loss."""
+    return ModalityLoss((config.loss.text, config.loss.image, config.loss.special), config.loss.z_loss)
+
+
+def main() -> None:
+    """Read the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file, see configs/")
+    parser.add_argument("--resume", action="store_true", help="continue the run in run.dir from its newest checkpoint")
+    parser.add_argument("--local_rank", type=int, help="accepted from launchers and ignored")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="set a field of the configuration")
+    arguments = parser.parse_intermixed_args()
+    config = load(arguments.config, arguments.overrides)
+    pretrain(config, arguments.resume, (model_provider, data_provider, loss_provider))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ConfigError, DataFileError, RunError) as error:
+        sys.exit(f"error: {error}")
