@@ -7,10 +7,11 @@ products instead of three, and a chunk of logits instead of all of them: at N = 
 """
 
 import torch
-from megat2i.kernels import reference
-from megat2i.kernels.outputs import TokenLosses
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from megat2i.kernels import reference
+from megat2i.kernels.outputs import TokenLosses
 
 CHUNK_ELEMENTS = 1 << 23  # logits held at a time: 32 MB in float32
 IMPLEMENTATIONS = ("reference", "chunked")

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
-from megat2i.kernels import reference
-from megat2i.kernels.linear_cross_entropy import linear_cross_entropy
 from torch import Tensor
 from torch.nn import functional as F
+
+from megat2i.kernels import reference
+from megat2i.kernels.linear_cross_entropy import linear_cross_entropy
 
 
 @dataclass(frozen=True)

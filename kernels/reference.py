@@ -5,9 +5,10 @@ Every function works in any floating dtype (float64 in tests) and materialises w
 """
 
 import torch
-from megat2i.kernels.outputs import TokenLosses
 from torch import Tensor
 from torch.nn import functional as F
+
+from megat2i.kernels.outputs import TokenLosses
 
 
 def linear_cross_entropy(

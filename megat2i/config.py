@@ -123,6 +123,10 @@ class SamplingConfig:
     top_p: float = 1.0
     guidance: float = 1.0  # 1: off
 
+    def check(self) -> None:
+        """Raises ConfigError for a number outside its limits."""
+        _check_limits(Config(sampling=self))
+
 
 @dataclass(frozen=True)
 class Config:
@@ -251,15 +255,19 @@ def _check_fields(config: Config) -> None:
         if _get(config, key) not in choices:
             allowed = ", ".join(str(choice) for choice in choices if choice is not None)
             raise ConfigError(f"{key} is '{_get(config, key)}'; it must be one of: {allowed}")
+    _check_limits(config)
+    VocabLayout(config.vocab.text_tokens, config.vocab.image_codes)
+    for index, dataset in enumerate(config.data.train):
+        if not dataset.prefix or not dataset.weight > 0:
+            raise ConfigError(f"data.train[{index}] needs a prefix and a weight above 0, got {dataset}")
+
+
+def _check_limits(config: Config) -> None:
     for key, low, high in LIMITS:
         value = _get(config, key)
         if value is not None and not (low <= value <= (high if high is not None else float("inf"))):
             limits = f"between {low} and {high}" if high is not None else f"at least {low}"
             raise ConfigError(f"{key} is {value}; it must be {limits}")
-    VocabLayout(config.vocab.text_tokens, config.vocab.image_codes)
-    for index, dataset in enumerate(config.data.train):
-        if not dataset.prefix or not dataset.weight > 0:
-            raise ConfigError(f"data.train[{index}] needs a prefix and a weight above 0, got {dataset}")
 
 
 def validate(config: Config, world_size: int) -> None:

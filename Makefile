@@ -1,0 +1,41 @@
+# make demo: data, training, pictures, in one go. make test: the whole suite. Both make their own .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+export PATH := $(BIN):$(PATH)
+# Two test processes on two cores: threads of their own would only get in each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: env demo test test-full test-gpu lint bench clean
+
+env: $(VENV)/.installed
+
+# torch comes first and alone: DeepSpeed's set-up imports it, hence no build isolation for the rest.
+$(VENV)/.installed: pyproject.toml constraints.txt tools/check_machine.sh
+	@PYTHON="$(PYTHON)" sh tools/check_machine.sh
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy setuptools wheel ninja
+	$(PIP) --no-build-isolation -e '.[test]'
+	$(BIN)/python -c "from deepspeed.ops.op_builder import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)"
+	@touch $@
+
+demo: env
+	$(BIN)/python tools/demo.py
+
+test: env lint
+	$(PYTEST)
+
+test-full: env lint
+	$(PYTEST) --full
+
+test-gpu: env
+	$(BIN)/python -m pytest -m gpu
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

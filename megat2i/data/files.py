@@ -1,0 +1,80 @@
+"""Files of a token store on disk: the error that names a bad one, and the commit that leaves no half-written one.
+
+A commit flushes every file to the disk under a temporary name, renames the files in the order given and flushes the
+folder: without that last step a power cut loses files that were already reported as written.
+"""
+
+import os
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+
+class DataFileError(ValueError):
+    """A data file that cannot be used: which file, what is wrong with it, and what to do about it."""
+
+    def __init__(self, path: str | Path, problem: str, remedy: str):
+        super().__init__(str(path), problem, remedy)  # all in args, so that the error crosses process boundaries
+        self.path, self.problem, self.remedy = str(path), problem, remedy
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}. {self.remedy}"
+
+
+def store_path(prefix: str | Path, suffix: str) -> Path:
+    """PREFIX + suffix. (``Path.with_suffix`` would cut a prefix that itself contains a dot.)"""
+    return Path(f"{prefix}{suffix}")
+
+
+class PendingFile:
+    """A file written under a temporary name beside ``path``; ``commit`` gives it its own name."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        # Unique, so that two writers of one path never mix their bytes; mode 666, so that the umask decides as usual.
+        self.temporary = Path(f"{path}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        descriptor = os.open(self.temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        self._file = open(descriptor, "wb", buffering=1 << 20)  # noqa: SIM115 (closed by flush_to_disk or discard)
+
+    def write(self, data) -> None:
+        self._file.write(data)
+
+    def flush_to_disk(self) -> None:
+        """Make the content durable and close the file."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def discard(self) -> None:
+        """Remove the temporary file; after a commit there is none and nothing happens."""
+        with suppress(OSError):  # a full disk fails again on flushing the rest, which nobody needs
+            self._file.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` durable: renames, new files and removals."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit(files: Sequence[PendingFile]) -> None:
+    """Make all ``files`` (of one folder) durable under their own names; they are renamed in the order given.
+
+    Old files of the same names but the first are removed before the first rename: a crash between two renames then
+    leaves a file missing, never a new file beside an old one that describes different content.
+    """
+    folder = files[0].path.parent
+    for file in files:
+        file.flush_to_disk()
+    if any(file.path.exists() for file in files[1:]):
+        for file in files[1:]:
+            file.path.unlink(missing_ok=True)
+        fsync_folder(folder)
+    for file in files:
+        os.replace(file.temporary, file.path)
+    fsync_folder(folder)

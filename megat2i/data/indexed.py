@@ -1,0 +1,300 @@
+"""Token sequences on disk in Megatron's MMIDIDX format: read by memory map, write, merge.
+
+PREFIX.bin holds the tokens of all sequences end to end. PREFIX.idx says where each begins, which sequences form a
+document and, for stores of text and images, the mode (0 text, 1 image) of each. All numbers are little-endian:
+
+    magic (9 bytes), version uint64, dtype code uint8, sequence count S uint64, document count + 1 uint64 (D),
+    lengths int32[S], byte offsets int64[S], first sequence of each document and S int64[D], optionally modes int8[S]
+"""
+
+import hashlib
+import mmap
+import os
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megat2i.data.files import DataFileError, PendingFile, commit, store_path
+from megat2i.data.manifest import REBUILD, BlockDigester, BlockDigests, Manifest
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+# Codes 6 and 7 are floats, and Megatron and GPT-NeoX disagree on which is which; token ids are integers.
+DTYPES = {code: np.dtype(name) for code, name in ((1, "u1"), (2, "i1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2"))}
+CHECK_SEQUENCES = 1 << 20  # sequences per step of the structure check: bounds its memory
+COPY_BYTES = 1 << 22
+MAXIMUM_LENGTH = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class StoreDigests:
+    """What a manifest needs to know of the bytes written, taken in memory on their way to the disk."""
+
+    index_sha256: str
+    bin_blocks: BlockDigests
+
+
+class IndexedDataset:
+    """A store opened for reading. The index and the tokens are memory-mapped; nothing is copied at opening.
+
+    Attributes: ``lengths`` int32[S], ``documents`` int64[D] (document d is sequences documents[d]..documents[d+1]-1),
+    ``modes`` int8[S] or None, ``tokens`` the flat memory map of the .bin, ``dtype``, ``manifest`` or None.
+
+    Raises DataFileError where a file is missing or its structure is not exactly what the format says, and, for a store
+    with a manifest, where the .idx is not the one that the manifest was written for.
+    """
+
+    def __init__(self, prefix: str | Path):
+        self.prefix = Path(prefix)
+        self.index_path, self.bin_path = store_path(prefix, ".idx"), store_path(prefix, ".bin")
+        self.manifest = Manifest.read(prefix)
+        if self.manifest is not None:
+            self.manifest.verify(prefix, data=False)
+        index = _map_file(self.index_path)
+        self.dtype, sequences, bounds, has_modes = _read_header(self.index_path, index)
+        at = HEADER.size
+        self.lengths = np.frombuffer(index, "<i4", sequences, at)
+        self._pointers = np.frombuffer(index, "<i8", sequences, at + 4 * sequences)
+        self.documents = np.frombuffer(index, "<i8", bounds, at + 12 * sequences)
+        self.modes = np.frombuffer(index, "i1", sequences, at + 12 * sequences + 8 * bounds) if has_modes else None
+        token_bytes = self._check_structure()
+        self.tokens = np.frombuffer(_map_file(self.bin_path, token_bytes), self.dtype)
+        self._check_manifest()
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.lengths)
+
+    @property
+    def number_of_documents(self) -> int:
+        return len(self.documents) - 1
+
+    def document(self, document: int) -> range:
+        """Indices of the sequences of a document."""
+        if not 0 <= document < self.number_of_documents:
+            raise IndexError(f"{self.prefix}: document {document} of {self.number_of_documents}")
+        return range(self.documents[document], self.documents[document + 1])
+
+    def sequence(self, index: int) -> np.ndarray:
+        """Tokens of a sequence: a copy in the dtype of the file."""
+        return self.view(index).copy()
+
+    def view(self, index: int) -> np.ndarray:
+        """Tokens of a sequence where they lie: a read-only part of ``tokens``, which it keeps mapped."""
+        if not 0 <= index < len(self.lengths):
+            raise IndexError(f"{self.prefix}: sequence {index} of {len(self)}")
+        start = self._pointers[index] // self.dtype.itemsize
+        return self.tokens[start : start + self.lengths[index]]
+
+    def _check_structure(self) -> int:
+        """Check every array of the index; returns the bytes that the .bin must have."""
+        total = 0  # a Python int: sums of damaged lengths may pass 2^63
+        for start in range(0, len(self.lengths), CHECK_SEQUENCES):
+            lengths = self.lengths[start : start + CHECK_SEQUENCES].astype(np.int64)
+            if lengths.min() < 0:
+                self._refuse(f"sequence {start + int(lengths.argmin())} has length {lengths.min()}")
+            ends = np.cumsum(lengths * self.dtype.itemsize)
+            expected = ends - lengths * self.dtype.itemsize + total
+            wrong = self._pointers[start : start + CHECK_SEQUENCES] != expected
+            if wrong.any():
+                self._refuse(
+                    f"the offset of sequence {start + int(wrong.argmax())} is not the sum of the lengths before"
+                )
+            total += int(ends[-1])
+        documents = self.documents
+        if documents[0] != 0 or documents[-1] != len(self) or (documents[1:] < documents[:-1]).any():
+            self._refuse(f"document bounds do not rise from 0 to {len(self)}, the number of sequences")
+        if self.modes is not None and self.modes.size and self.modes.view(np.uint8).max() > 1:
+            self._refuse("a sequence has a mode other than 0 (text) and 1 (image)")
+        return total
+
+    def _check_manifest(self) -> None:
+        if self.manifest is None:
+            return
+        for field, found in (
+            ("documents", self.number_of_documents),
+            ("sequences", len(self)),
+            ("dtype", self.dtype.name),
+        ):
+            if getattr(self.manifest, field) != found:
+                path, said = store_path(self.prefix, ".json"), getattr(self.manifest, field)
+                raise DataFileError(path, f"{field} is {said}, {self.index_path.name} has {found}", REBUILD)
+
+    def _refuse(self, problem: str):
+        raise DataFileError(self.index_path, problem, REBUILD)
+
+
+def _map_file(path: Path, expected_bytes: int | None = None) -> mmap.mmap | bytes:
+    """A read-only map of a file. Its size is checked first: reading past the end of a map kills the process."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if expected_bytes is not None and size != expected_bytes:
+                raise DataFileError(path, f"{size:,} bytes, its index describes {expected_bytes:,}", REBUILD)
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+    except FileNotFoundError as error:
+        remedy = "Check the prefix; a .bin without an .idx is left by a writer that did not finish"
+        raise DataFileError(path, "not found", remedy) from error
+
+
+def _read_header(path: Path, index) -> tuple[np.dtype, int, int, bool]:
+    """(dtype, sequences, document bounds, whether there are modes), each proved by the exact length of the file."""
+    if len(index) < HEADER.size:
+        raise DataFileError(path, f"{len(index)} bytes are too short for a header of {HEADER.size}", REBUILD)
+    magic, version, code, sequences, bounds = HEADER.unpack(index[: HEADER.size])
+    if magic != MAGIC or version != 1:
+        raise DataFileError(path, f"magic {magic!r} and version {version} are not MMIDIDX version 1", REBUILD)
+    if code not in DTYPES:
+        raise DataFileError(path, f"dtype code {code} is no integer type of {sorted(DTYPES)}", REBUILD)
+    if bounds < 1:
+        raise DataFileError(path, "the list of document bounds is empty", REBUILD)
+    plain = HEADER.size + 12 * sequences + 8 * bounds  # Python ints: damaged counts cannot wrap
+    if len(index) not in (plain, plain + sequences):
+        problem = f"{len(index):,} bytes; {sequences:,} sequences and {bounds - 1:,} documents need {plain:,}"
+        raise DataFileError(path, f"{problem}, or {plain + sequences:,} with modes", REBUILD)
+    # Nothing in the header tells whether modes were written. A store without sequences counts as one without modes.
+    return DTYPES[code], sequences, bounds, len(index) > plain
+
+
+class IndexedWriter:
+    """Writes a store; use as a context manager. Nothing appears under ``prefix`` before the block ends cleanly.
+
+    Then .bin and .idx are durable under their own names, and ``digests`` (StoreDigests) is set for the manifest. An
+    exception inside the block removes the temporary files. A complete store (one with a manifest) is not overwritten.
+    """
+
+    def __init__(self, prefix: str | Path, dtype):
+        self.prefix, self.dtype = Path(prefix), np.dtype(dtype)
+        self._bin_path = store_path(prefix, ".bin")
+        self._code = next((code for code, known in DTYPES.items() if known == self.dtype), None)
+        if self._code is None:
+            known = ", ".join(known.name for known in DTYPES.values())
+            raise DataFileError(self._bin_path, f"dtype {self.dtype} is not one of {known}", "Choose one of these")
+        self._limits = np.iinfo(self.dtype)
+        self._lengths, self._documents, self._modes = array("i"), array("q", [0]), array("b")
+        self._digester = BlockDigester()
+        self.digests: StoreDigests | None = None
+
+    def __enter__(self) -> "IndexedWriter":
+        manifest = store_path(self.prefix, ".json")
+        if manifest.exists():
+            raise DataFileError(manifest, "the store is complete already", "Remove this file to write it again")
+        self._file = PendingFile(self._bin_path)
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if kind is None:
+                lengths, documents, modes = (np.asarray(a) for a in (self._lengths, self._documents, self._modes))
+                self.digests = _commit_store(self._file, self._digester, self._code, lengths, documents, modes)
+        finally:
+            self._file.discard()
+
+    def add_document(self, sequences: Sequence[np.ndarray], modes: Sequence[int]) -> None:
+        """Append one document: integer arrays of one dimension, and the mode (0 text, 1 image) of each.
+
+        Raises DataFileError, with nothing of the document written, where an id does not fit the dtype or a mode is
+        neither 0 nor 1.
+        """
+        if len(sequences) != len(modes) or not all(mode in (0, 1) for mode in modes):
+            self._refuse(f"{len(sequences)} sequences with modes {list(modes)}", "Give each sequence mode 0 or 1")
+        arrays = [self._checked(sequence) for sequence in sequences]
+        for tokens in arrays:
+            data = tokens.tobytes()
+            self._digester.update(data)  # before the write: damage on the way to the disk then shows
+            self._file.write(data)
+            self._lengths.append(len(tokens))
+        self._modes.extend(int(mode) for mode in modes)
+        self._documents.append(len(self._lengths))
+
+    def _checked(self, sequence) -> np.ndarray:
+        tokens = np.asarray(sequence)
+        if tokens.ndim != 1 or (tokens.dtype.kind not in "iu" and tokens.size):
+            problem = f"a sequence of shape {tokens.shape} and dtype {tokens.dtype}"
+            self._refuse(problem, "Token ids are integer arrays of one dimension")
+        if tokens.size > MAXIMUM_LENGTH:
+            self._refuse(f"a sequence of {tokens.size:,} tokens", f"The format ends at {MAXIMUM_LENGTH:,}")
+        if tokens.size and (tokens.min() < self._limits.min or tokens.max() > self._limits.max):
+            problem = f"ids {tokens.min()} to {tokens.max()} do not fit {self.dtype.name}"
+            self._refuse(problem, "Write the store with a wider dtype")
+        return tokens.astype(self.dtype, copy=False)
+
+    def _refuse(self, problem: str, remedy: str):
+        raise DataFileError(self._bin_path, f"document {len(self._documents) - 1}: {problem}", remedy)
+
+
+def _commit_store(file: PendingFile, digester: BlockDigester, code: int, lengths, documents, modes) -> StoreDigests:
+    """Write the index for the finished .bin ``file`` and give both their names, the .bin first."""
+    lengths = lengths.astype(np.int64)
+    ends = np.cumsum(lengths * DTYPES[code].itemsize)
+    parts = [
+        HEADER.pack(MAGIC, 1, code, len(lengths), len(documents)),
+        lengths.astype("<i4"),
+        (ends - lengths * DTYPES[code].itemsize).astype("<i8"),
+        documents.astype("<i8"),
+    ]
+    if modes is not None:
+        parts.append(modes.astype("i1"))
+    index, digest = PendingFile(file.path.with_name(file.path.name.removesuffix(".bin") + ".idx")), hashlib.sha256()
+    try:
+        for part in parts:
+            digest.update(part)
+            index.write(part)
+        commit([file, index])
+    finally:
+        index.discard()
+    return StoreDigests(digest.hexdigest(), digester.result())
+
+
+def merge(prefixes: Sequence[str | Path], output_prefix: str | Path) -> StoreDigests:
+    """Concatenate stores of one dtype, in the order given, into a new one; returns the digests for its manifest.
+
+    Stores with and without modes do not mix. The bytes of a store that has a manifest are checked on their way.
+    """
+    stores = [IndexedDataset(prefix) for prefix in prefixes]
+    if not stores:
+        raise DataFileError(store_path(output_prefix, ".bin"), "no stores to merge", "Give at least one prefix")
+    first = stores[0]
+    with_modes = {store.modes is not None for store in stores if len(store)}  # an empty store cannot tell
+    for store in stores:
+        if store.dtype != first.dtype:
+            problem = f"its dtype is {store.dtype.name}, that of {first.index_path} is {first.dtype.name}"
+            raise DataFileError(store.index_path, problem, "Merge stores of one dtype")
+    if len(with_modes) > 1:
+        raise DataFileError(first.index_path, "only some of the stores have modes", "Merge stores of one kind")
+    if store_path(output_prefix, ".json").exists():
+        raise DataFileError(
+            store_path(output_prefix, ".json"), "the store is complete already", "Remove this file first"
+        )
+    starts = np.cumsum([0] + [len(store) for store in stores])
+    lengths = np.concatenate([store.lengths for store in stores])
+    documents = [store.documents[1:] + start for store, start in zip(stores, starts[:-1], strict=True)]
+    modes = np.concatenate([store.modes for store in stores if len(store)]) if with_modes == {True} else None
+    code = next(code for code, dtype in DTYPES.items() if dtype == first.dtype)
+    file, digester = PendingFile(store_path(output_prefix, ".bin")), BlockDigester()
+    try:
+        for store in stores:
+            for chunk in _checked_bytes(store):
+                digester.update(chunk)
+                file.write(chunk)
+        return _commit_store(file, digester, code, lengths, np.concatenate([np.zeros(1, np.int64), *documents]), modes)
+    finally:
+        file.discard()
+
+
+def _checked_bytes(store: IndexedDataset) -> Iterator[memoryview]:
+    """The bytes of the .bin in chunks; with a manifest, DataFileError at the end where they are not its bytes."""
+    data = memoryview(store.tokens.view(np.uint8))
+    digester = BlockDigester(store.manifest.bin_blocks.block_bytes) if store.manifest else None
+    for start in range(0, len(data), COPY_BYTES):
+        chunk = data[start : start + COPY_BYTES]
+        if digester:
+            digester.update(chunk)
+        yield chunk
+    if digester and digester.result() != store.manifest.bin_blocks:
+        store.manifest.verify(store.prefix)  # names the bytes
+        raise DataFileError(store.bin_path, "its bytes changed while they were read", REBUILD)

@@ -1,0 +1,135 @@
+"""The manifest: read back exactly, strict about its fields, and no damaged byte of the store goes unnoticed."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from megat2i.data.files import DataFileError
+from megat2i.data.indexed import IndexedDataset
+from megat2i.data.manifest import BlockDigester, BlockDigests, Manifest, digest_file
+
+
+def change_json(prefix, change) -> None:
+    path = Path(f"{prefix}.json")
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def flip(path: Path, at: int) -> bytes:
+    data = path.read_bytes()
+    path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    return data
+
+
+def test_reads_back_what_was_written(store_with_manifest, tmp_path):
+    manifest = Manifest.read(store_with_manifest)
+    manifest.verify(store_with_manifest)
+    manifest.write(tmp_path / "again")
+    assert Manifest.read(tmp_path / "again") == manifest
+    assert manifest.sequences == 46 and manifest.text.vocab_size == 300 and manifest.image.grid == (2, 4)
+    assert manifest.sources[0].sha256 is None and manifest.sources[0].size == 12
+    assert not list(tmp_path.glob("*.tmp"))
+    without_text = dataclasses.replace(manifest, text=None)
+    without_text.write(tmp_path / "again")  # replaces
+    assert Manifest.read(tmp_path / "again") == without_text != manifest
+    assert Manifest.read(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value.update(format_version=2), "format_version is 2, this release reads 1"),
+        (lambda value: value.pop("format_version"), "format_version is None"),
+        (lambda value: value.pop("dtype"), r"fields \['dtype'\] of the top level"),
+        (lambda value: value.update(extra=1), r"fields \['extra'\]"),
+        (lambda value: value["image"].pop("grid"), r"fields \['grid'\] of image"),
+        (lambda value: value["image"].update(grid=[2]), r"image\.grid is \[2\]"),
+        (lambda value: value["text"].update(vocab_size="300"), r"text\.vocab_size is '300', expected int"),
+        (lambda value: value["text"].update(vocab_size=True), r"text\.vocab_size is True"),
+        (lambda value: value.update(documents=-1), "documents is -1"),
+        (lambda value: value.update(dtype="float32"), "dtype is 'float32', expected one of"),
+        (lambda value: value["sources"][0].update(samples=None), r"sources\[0\]\.samples is None"),
+        (lambda value: value["bin_blocks"].update(block_bytes=0), "block_bytes is 0"),
+        (lambda value: value["bin_blocks"].update(sha256=[7]), r"bin_blocks\.sha256\[0\] is 7"),
+        (lambda value: value.update(documents=24), "documents is 24, with.manifest.idx has 23"),
+        (lambda value: value.update(sequences=24), "sequences is 24, with.manifest.idx has 46"),
+        (lambda value: value.update(dtype="int16"), "dtype is int16, with.manifest.idx has uint16"),
+    ],
+)
+def test_bad_manifest_is_refused_by_field(store_with_manifest, change, message):
+    IndexedDataset(store_with_manifest)  # control
+    change_json(store_with_manifest, change)
+    with pytest.raises(DataFileError, match=rf"with\.manifest\.json: .*{message}"):
+        IndexedDataset(store_with_manifest)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000])
+def test_not_a_manifest(store_with_manifest, content):
+    Path(f"{store_with_manifest}.json").write_bytes(content)
+    with pytest.raises(DataFileError, match=r"with\.manifest\.json"):
+        Manifest.read(store_with_manifest)
+
+
+def test_every_flipped_byte_is_found(store_with_manifest):
+    manifest = Manifest.read(store_with_manifest)
+    index, tokens = Path(f"{store_with_manifest}.idx"), Path(f"{store_with_manifest}.bin")
+    for at in range(index.stat().st_size):
+        original = flip(index, at)
+        with pytest.raises(DataFileError, match=r"with\.manifest\.idx: its SHA-256"):
+            IndexedDataset(store_with_manifest)
+        index.write_bytes(original)
+    for at in range(tokens.stat().st_size):
+        original = flip(tokens, at)
+        IndexedDataset(store_with_manifest)  # control: opening alone does not read the tokens
+        with pytest.raises(DataFileError, match=rf"with\.manifest\.bin: bytes 0 to {len(original) - 1} differ"):
+            manifest.verify(store_with_manifest)
+        manifest.verify(store_with_manifest, data=False)
+        tokens.write_bytes(original)
+    manifest.verify(store_with_manifest)
+
+
+def test_error_names_the_damaged_block(store_with_manifest):
+    blocks = digest_file(Path(f"{store_with_manifest}.bin"), block_bytes=100)
+    manifest = dataclasses.replace(Manifest.read(store_with_manifest), bin_blocks=blocks)
+    manifest.verify(store_with_manifest)
+    path = Path(f"{store_with_manifest}.bin")
+    for at, said in ((199, "100 to 199"), (200, "200 to 299"), (manifest.bin_bytes - 1, "600 to 609")):
+        original = flip(path, at)
+        with pytest.raises(DataFileError, match=f"bytes {said} differ"):
+            manifest.verify(store_with_manifest)
+        path.write_bytes(original)
+    for sha256 in (blocks.sha256[:-1], (*blocks.sha256, "00")):
+        wrong = dataclasses.replace(manifest, bin_blocks=BlockDigests(100, sha256))
+        with pytest.raises(DataFileError, match=f"7 blocks, the manifest has digests of {len(sha256)}"):
+            wrong.verify(store_with_manifest)
+
+
+def test_cut_or_missing_files_are_refused(store_with_manifest):
+    path = Path(f"{store_with_manifest}.bin")
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(DataFileError, match=r"with\.manifest\.bin: 608 bytes, the manifest says 610"):
+        IndexedDataset(store_with_manifest)
+    path.unlink()
+    with pytest.raises(DataFileError, match=r"with\.manifest\.bin: not found"):
+        IndexedDataset(store_with_manifest)
+    Path(f"{store_with_manifest}.idx").unlink()
+    with pytest.raises(DataFileError, match=r"with\.manifest\.idx: not found"):
+        IndexedDataset(store_with_manifest)
+
+
+def test_digests_do_not_depend_on_how_the_bytes_arrive(tmp_path):
+    data = bytes(range(256)) * 5
+    (tmp_path / "f").write_bytes(data)
+    for step in (1, 7, 100, 1280):
+        digester = BlockDigester(100)
+        for start in range(0, len(data), step):
+            digester.update(data[start : start + step])
+        assert digester.result() == digest_file(tmp_path / "f", 100)
+    assert len(digester.result().sha256) == 13
+    assert BlockDigester(100).result() == BlockDigests(100, ())
+    whole = BlockDigester(100)
+    whole.update(data[::-1])
+    assert whole.result() != digester.result()

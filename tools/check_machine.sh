@@ -1,0 +1,22 @@
+#!/bin/sh
+# Says in one sentence what the machine lacks for `make env`: Python 3.11 or newer, its venv module, a C++ compiler.
+PYTHON="${PYTHON:-python3}"
+missing=""
+add() { missing="${missing:+$missing, }$1"; }
+
+if ! command -v "$PYTHON" >/dev/null 2>&1; then
+    add "Python 3.11 or newer (no '$PYTHON' found; name another with make PYTHON=...)"
+elif ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    add "Python 3.11 or newer ('$PYTHON' is $("$PYTHON" --version 2>&1); name another with make PYTHON=...)"
+else
+    "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null || add "Python's venv module (Debian: apt install python3-venv)"
+    include=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
+    [ -e "$include/Python.h" ] || add "Python's headers (Debian: apt install python3-dev)"
+fi
+command -v "${CXX:-c++}" >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 ||
+    add "a C++ compiler for DeepSpeed's CPU op (Debian: apt install g++)"
+
+if [ -n "$missing" ]; then
+    echo "This machine lacks: $missing." >&2
+    exit 1
+fi

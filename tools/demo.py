@@ -1,0 +1,77 @@
+"""The demo from data to pictures: ``make demo``, or ``python tools/demo.py``.
+
+Runs the project's own commands one after another and prints them: data preparation, training, the report. What is
+complete already is not done again, and a training run that was interrupted is resumed.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = "configs/openmoji_demo.yaml"
+RUN = Path("runs/demo")
+DATA = Path("data/openmoji")
+# Picture size, patches and codebook of the demo; why these: the comments in the configuration.
+TOKENIZERS = ("--train-text-tokenizer", "1024", "--image-tokenizer", "patch", "--image-size", "48")
+PATCHES = ("--patch-size", "6", "--codebook-size", "4096")
+
+
+def main() -> None:
+    """Prepare, train, report."""
+    started = time.monotonic()
+    os.chdir(ROOT)
+    prepare()
+    train()
+    run("The report", sys.executable, "tools/demo_report.py", "--run", str(RUN))
+    print(f"\nThe demo took {(time.monotonic() - started) / 60:.1f} minutes. Results:")
+    for name in ("samples.png", "curves.png", "quality.json", "metrics.jsonl", "tensorboard"):
+        print(f"  {RUN / name}")
+    print(f"More pictures: python tools/generate.py --run {RUN} --prompts 'red apple' 'flag of France'")
+
+
+def prepare() -> None:
+    """Shards of the training and the held-out pictures; the tokenizers are fitted on the training pictures alone."""
+    preprocess = (sys.executable, "tools/preprocess_data.py", "--input", "openmoji")
+    if not Path(f"{DATA}/train.json").exists():
+        output = ("--split", "train", "--output-prefix", f"{DATA}/train")
+        run("Training data", *preprocess, *output, *TOKENIZERS, *PATCHES)
+    if not Path(f"{DATA}/valid.json").exists():
+        output = ("--split", "valid", "--output-prefix", f"{DATA}/valid")
+        tokenizers = ("--text-tokenizer", f"{DATA}/text_tokenizer.json")
+        tokenizers += ("--image-tokenizer", f"{DATA}/image_tokenizer.safetensors")
+        run("Held-out data", *preprocess, *output, *tokenizers)
+
+
+def train() -> None:
+    """Train, or continue what is there, in bfloat16 where the processor multiplies it fast."""
+    command = ["deepspeed", "--num_accelerators", "1", "pretrain_t2i.py", "--config", CONFIG]
+    if not torch.cuda.is_available() and not fast_bfloat16():
+        print("This processor has no bfloat16 arithmetic: training in float32, with a third of the steps.")
+        command += ["runtime.dtype=float32", "training.steps=SLOW_STEPS"]
+    if (RUN / "config.yaml").exists():
+        command.append("--resume")
+    run("Training", *command)
+
+
+def fast_bfloat16() -> bool:
+    """Whether this CPU has AVX512-BF16 or AMX; without them bfloat16 is slower than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def run(title: str, *command: str) -> None:
+    print(f"\n== {title}: {shlex.join(command)}", flush=True)
+    began = time.monotonic()
+    code = subprocess.run(command).returncode
+    if code:
+        sys.exit(f"error: '{title}' failed with exit code {code}; `make demo` goes on from there once it is mended")
+    print(f"   {title}: {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
