@@ -8,13 +8,11 @@ import argparse
 import sys
 from functools import partial
 
-import torch
-from megat2i.kernels import choose_ops
-
 from megat2i.config import Config, ConfigError, load
 from megat2i.data.batches import TrainingData, evaluation_batches
 from megat2i.data.files import DataFileError
 from megat2i.data.t2i_dataset import T2IDataset
+from megat2i.kernels import choose_ops
 from megat2i.loss import ModalityLoss
 from megat2i.model.gpt import GPT
 from megat2i.pretrain import RunError, pretrain
@@ -25,10 +23,8 @@ from megat2i.trainer import Data
 
 def model_provider(config: Config, backend: Backend) -> GPT:
     """The model with its initial weights, on the run's device and in its dtype."""
-    layout = config.vocab_layout
-    with torch.device("meta"):
-        model = GPT(config.model, layout.size, layout.ranges, choose_ops(backend.device, backend.dtype))
-    model = model.to(backend.dtype).to_empty(device=backend.device)
+    ops = choose_ops(backend.device, backend.dtype)
+    model = GPT.empty(config.model, config.vocab_layout, ops, backend.device, backend.dtype)
     model.initialise(config.model.seed)
     return model
 

@@ -76,9 +76,8 @@ def random_batch(settings: config.Config) -> Batch:
 def our_step(settings: config.Config, backend: Backend, batch: Batch):
     """A function that makes one of our optimizer steps."""
     groups = ParallelGroups.create(settings.parallel, backend.device.type)
-    layout = settings.vocab_layout
-    model = GPT(settings.model, layout.size, layout.ranges, choose_ops(backend.device, backend.dtype))
-    model = model.to(backend.device, backend.dtype)
+    ops = choose_ops(backend.device, backend.dtype)
+    model = GPT.empty(settings.model, settings.vocab_layout, ops, backend.device, backend.dtype)
     model.initialise(seed=0)
     engine = TorchEngine(model, settings.optimizer, groups)
     loss = ModalityLoss((1.0, 1.0, 1.0))

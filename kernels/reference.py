@@ -29,9 +29,12 @@ def linear_cross_entropy(
     logits = logits.masked_fill(column_range < 0, float("-inf"))
 
     live = targets != ignore_index
-    safe_targets = torch.where(live, targets, ranges[0][0])
+    in_table = live & (targets >= 0) & (targets < weight.shape[0])
+    safe_targets = torch.where(in_table, targets, ranges[0][0])
+    known = in_table & (column_range[safe_targets] >= 0)
     lse = logits.logsumexp(dim=-1)
     nll = lse - logits.gather(1, safe_targets[:, None]).squeeze(1)
+    nll = torch.where(known | ~live, nll, torch.nan)
     own_range = column_range[None, :] == column_range[safe_targets][:, None]  # [N, V]
     off_range_mass = (logits - lse[:, None]).exp().masked_fill(own_range, 0.0).sum(dim=-1)
     loss = nll + z_loss * lse.square()

@@ -47,10 +47,8 @@ class Sampler:
             break
         if found is None:
             raise ConfigError(f"{run_dir}/checkpoints: no checkpoint; train the run to its first checkpoint")
-        layout = settings.vocab_layout
-        with torch.device("meta"):
-            model = GPT(settings.model, layout.size, layout.ranges, choose_ops(device, dtype))
-        model = model.to(dtype).to_empty(device=device).requires_grad_(False)
+        model = GPT.empty(settings.model, settings.vocab_layout, choose_ops(device, dtype), device, dtype)
+        model.requires_grad_(False)
         checkpoint.load_weights(found, model)
         return Sampler.for_model(settings, model), settings
 

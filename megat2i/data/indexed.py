@@ -253,35 +253,39 @@ def _commit_store(file: PendingFile, digester: BlockDigester, code: int, lengths
 def merge(prefixes: Sequence[str | Path], output_prefix: str | Path) -> StoreDigests:
     """Concatenate stores of one dtype, in the order given, into a new one; returns the digests for its manifest.
 
-    Stores with and without modes do not mix. The bytes of a store that has a manifest are checked on their way.
+    Stores with and without modes do not mix. The bytes of a store that has a manifest are checked on their way. One
+    store is open at a time, so their number is not bounded by the limit on open files.
     """
-    stores = [IndexedDataset(prefix) for prefix in prefixes]
-    if not stores:
+    if not prefixes:
         raise DataFileError(store_path(output_prefix, ".bin"), "no stores to merge", "Give at least one prefix")
-    first = stores[0]
-    with_modes = {store.modes is not None for store in stores if len(store)}  # an empty store cannot tell
-    for store in stores:
-        if store.dtype != first.dtype:
-            problem = f"its dtype is {store.dtype.name}, that of {first.index_path} is {first.dtype.name}"
-            raise DataFileError(store.index_path, problem, "Merge stores of one dtype")
-    if len(with_modes) > 1:
-        raise DataFileError(first.index_path, "only some of the stores have modes", "Merge stores of one kind")
-    if store_path(output_prefix, ".json").exists():
-        raise DataFileError(
-            store_path(output_prefix, ".json"), "the store is complete already", "Remove this file first"
-        )
-    starts = np.cumsum([0] + [len(store) for store in stores])
-    lengths = np.concatenate([store.lengths for store in stores])
-    documents = [store.documents[1:] + start for store, start in zip(stores, starts[:-1], strict=True)]
-    modes = np.concatenate([store.modes for store in stores if len(store)]) if with_modes == {True} else None
-    code = next(code for code, dtype in DTYPES.items() if dtype == first.dtype)
+    manifest = store_path(output_prefix, ".json")
+    if manifest.exists():
+        raise DataFileError(manifest, "the store is complete already", "Remove this file first")
+    lengths, documents, modes = [], [np.zeros(1, np.int64)], []
+    first, with_modes, sequences = None, None, 0
     file, digester = PendingFile(store_path(output_prefix, ".bin")), BlockDigester()
     try:
-        for store in stores:
+        for prefix in prefixes:
+            store = IndexedDataset(prefix)
+            first = first or (store.dtype, store.index_path)
+            if store.dtype != first[0]:
+                problem = f"its dtype is {store.dtype.name}, that of {first[1]} is {first[0].name}"
+                raise DataFileError(store.index_path, problem, "Merge stores of one dtype")
+            if len(store):  # an empty store cannot tell whether it has modes
+                if with_modes not in (None, store.modes is not None):
+                    raise DataFileError(store.index_path, "only some of the stores have modes", "Merge one kind")
+                with_modes = store.modes is not None
+            lengths.append(store.lengths.copy())
+            documents.append(store.documents[1:] + sequences)
+            if with_modes and len(store):
+                modes.append(store.modes.copy())
+            sequences += len(store)
             for chunk in _checked_bytes(store):
                 digester.update(chunk)
                 file.write(chunk)
-        return _commit_store(file, digester, code, lengths, np.concatenate([np.zeros(1, np.int64), *documents]), modes)
+        code = next(code for code, dtype in DTYPES.items() if dtype == first[0])
+        joined_modes = np.concatenate(modes) if with_modes else None
+        return _commit_store(file, digester, code, np.concatenate(lengths), np.concatenate(documents), joined_modes)
     finally:
         file.discard()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megat2i.config import ModelConfig
 from megat2i.kernels import Ops, TokenLosses
 from megat2i.model.layers import INIT_CUT, Block, LayerCache, Norm, Positions
-from megat2i.vocab import IGNORE
+from megat2i.vocab import IGNORE, VocabLayout
 
 
 class Cache:
@@ -47,6 +47,13 @@ class GPT(nn.Module):
         )
         self.norm = Norm(shape.hidden, shape.norm, shape.norm_eps, ops)
         self.output = nn.Linear(shape.hidden, rows, bias=False)
+
+    @staticmethod
+    def empty(shape: ModelConfig, vocab: VocabLayout, ops: Ops, device: torch.device, dtype: torch.dtype) -> "GPT":
+        """A model for ``vocab`` on ``device`` in ``dtype``, its weights still to be set."""
+        with torch.device("meta"):
+            model = GPT(shape, vocab.size, vocab.ranges, ops)
+        return model.to(dtype).to_empty(device=device)
 
     def forward(
         self, tokens: Tensor, targets: Tensor, token_weight: Tensor | None = None, z_loss: float = 0.0

@@ -5,6 +5,8 @@ false`` makes one ``engine.step()`` the boundary (DeepSpeed >= 0.19.4). How ZeRO
 ``_hp_mapping`` of each parameter, checked at start and never taken on trust.
 """
 
+import contextlib
+import io
 import logging
 
 import deepspeed
@@ -41,7 +43,8 @@ class DeepSpeedEngine:
             "bf16": {"enabled": bfloat16, "immediate_grad_update": bfloat16},
             "data_types": {"grad_accum_dtype": "fp32"},
         }
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings)
+        with contextlib.redirect_stdout(io.StringIO()):  # memory figures that it prints whatever the log level
+            self.engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings)
         self.loss_scale = float(groups.data_size)
         self.updates = 0
         self.zero = self.engine.optimizer

@@ -1,12 +1,14 @@
 """Merging token stores is concatenation; what does not fit together, or is damaged, is refused without a trace."""
 
 import hashlib
+import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megat2i.data.files import DataFileError
-from megat2i.data.indexed import IndexedDataset, merge
+from megat2i.data.indexed import IndexedDataset, IndexedWriter, merge
 from megat2i.data.manifest import digest_file
 
 
@@ -64,3 +66,18 @@ def test_merge_refuses_damaged_tokens(tmp_path, store, store_with_manifest):
     with pytest.raises(DataFileError, match=r"with\.manifest\.bin: bytes 0 to .* differ"):
         merge([store, store_with_manifest], tmp_path / "out")
     assert "out.bin" not in files_of(tmp_path)
+
+
+def test_more_stores_than_a_process_may_hold_open(tmp_path):
+    """A folder of 128,000 images makes 500 parts; two open files for each would pass the usual limit of 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    prefixes = [tmp_path / f"part-{number}" for number in range(60)]
+    for number, prefix in enumerate(prefixes):
+        with IndexedWriter(prefix, np.uint16) as writer:
+            writer.add_document([np.array([number], np.uint16)], [0])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (50, hard))
+    try:
+        merge(prefixes, tmp_path / "all")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [int(IndexedDataset(tmp_path / "all").sequence(n)[0]) for n in range(60)] == list(range(60))

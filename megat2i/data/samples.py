@@ -1,0 +1,75 @@
+"""Captioned images as every source yields them: samples, refused samples, parts of the work, clean captions."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+
+BLOCK = 256  # samples of a part where the input has no pieces of its own
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A captioned image; ``image(size)`` decodes it to RGB (at least about 2 x ``size``) or raises UnreadableImage."""
+
+    name: str
+    caption: str
+    image: Callable[[int], Image.Image]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A sample, or the unreadable rest of a file (``name`` says from where), that cannot be used."""
+
+    name: str
+    reason: str
+
+
+class Part(Protocol):
+    """A piece of work."""
+
+    source: str  # the input it belongs to, as the user wrote it
+    expected: int | None  # samples, where that is known without reading
+
+    def identity(self) -> str:
+        """Changes when what the part would read changes: names, sizes and times of modification of its files."""
+
+    def samples(self) -> Iterator[Sample | Refused]:
+        """The samples in their order. Call a sample's ``image`` before asking for the next; only that decodes it."""
+
+
+def file_identity(path: str | Path) -> str:
+    """Name, size and time of modification of a file, or that it is missing."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return f"{path}: {status.st_size} bytes, modified {status.st_mtime_ns}"
+
+
+def clean_caption(value) -> str:
+    """The caption in ``value``, stripped of outer white space. ValueError with the reason where it holds none."""
+    if value is None:
+        raise ValueError("no caption")
+    if not isinstance(value, str):
+        raise ValueError(f"the caption is {type(value).__name__}, not text")
+    caption = value.removeprefix("\ufeff").strip()
+    if not caption:
+        raise ValueError("empty caption")
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("the caption is not valid Unicode (a lone surrogate)") from error
+    return caption
+
+
+def decode_caption(content: bytes) -> str:
+    """The caption in the bytes of a text file. ValueError with the reason where it holds none."""
+    try:
+        return clean_caption(content.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError("the caption is not UTF-8") from error

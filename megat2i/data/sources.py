@@ -1,0 +1,211 @@
+"""Where captioned images come from: folders, JSONL files, WebDataset shards, Parquet files, OpenMoji.
+
+``find_parts`` turns the inputs of a job into parts: pieces of work of a few hundred samples that depend on the input
+alone, never on the number of workers. A part is a small picklable value; ``samples()`` reads it in whatever process it
+lands in. What cannot be used is yielded as ``Refused`` and never ends the job: inputs are other people's files.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from megat2i.data import openmoji
+from megat2i.data.files import DataFileError
+from megat2i.data.images import decode_image, read_image_file
+from megat2i.data.samples import (
+    BLOCK,
+    IMAGE_SUFFIXES,
+    Part,
+    Refused,
+    Sample,
+    clean_caption,
+    decode_caption,
+    file_identity,
+)
+from megat2i.data.shards import parquet_parts, tar_parts
+
+IMAGE_KEYS, CAPTION_KEYS = ("image", "file_name"), ("caption", "text")
+KINDS = "a folder of images, a .jsonl file, WebDataset .tar shards, .parquet files or the word openmoji"
+
+
+def find_parts(inputs: Sequence[str], openmoji_split: str) -> list[Part]:
+    """The parts of all ``inputs``, in order. Raises DataFileError for an input that is none of the kinds."""
+    by_suffix = {".jsonl": jsonl_parts, ".tar": tar_parts, ".parquet": parquet_parts}
+    parts: list[Part] = []
+    for text in inputs:
+        path = Path(text)
+        if text == "openmoji":
+            parts += openmoji_parts(openmoji_split)
+        elif path.is_dir():
+            parts += (
+                jsonl_parts(path / "metadata.jsonl", text) if (path / "metadata.jsonl").exists() else folder_parts(path)
+            )
+        elif not path.exists():
+            raise DataFileError(text, "no such file or folder", f"Pass {KINDS}")
+        elif path.suffix in by_suffix:
+            parts += by_suffix[path.suffix](path)
+        else:
+            raise DataFileError(text, "not an input that this tool knows", f"Pass {KINDS}")
+    return parts
+
+
+def _decode_file(path: str, size: int) -> Image.Image:
+    return decode_image(read_image_file(path), size)
+
+
+@dataclass(frozen=True)
+class FolderPart:
+    """Image files of a folder, each with its caption in a .txt file of the same name."""
+
+    source: str
+    names: tuple[str, ...]  # relative to the folder
+
+    @property
+    def expected(self) -> int:
+        return len(self.names)
+
+    def identity(self) -> str:
+        files = (os.path.join(self.source, file) for name in self.names for file in (name, _caption_file(name)))
+        return "\n".join(map(file_identity, files))
+
+    def samples(self) -> Iterator[Sample | Refused]:
+        for name in self.names:
+            try:
+                caption = decode_caption(Path(self.source, _caption_file(name)).read_bytes())
+            except OSError as error:
+                yield Refused(name, f"no caption: {Path(_caption_file(name)).name}: {error.strerror}")
+            except ValueError as error:
+                yield Refused(name, str(error))
+            else:
+                yield Sample(name, caption, functools.partial(_decode_file, os.path.join(self.source, name)))
+
+
+def _caption_file(name: str) -> str:
+    return os.path.splitext(name)[0] + ".txt"
+
+
+def folder_parts(folder: Path) -> list[FolderPart]:
+    """Parts of the images in ``folder`` and the folders below it, sorted by path."""
+    names = [
+        os.path.relpath(os.path.join(root, file), folder)
+        for root, _, files in os.walk(folder)
+        for file in files
+        if file.lower().endswith(IMAGE_SUFFIXES)
+    ]
+    if not names:
+        remedy = f"Pass {KINDS}; shards in a folder are passed as FOLDER/*.tar or FOLDER/*.parquet"
+        raise DataFileError(folder, f"no {', '.join(IMAGE_SUFFIXES)} file in this folder", remedy)
+    names.sort()
+    return [FolderPart(str(folder), tuple(names[i : i + BLOCK])) for i in range(0, len(names), BLOCK)]
+
+
+@dataclass(frozen=True)
+class JsonlPart:
+    """Consecutive lines of a JSONL file: the bytes from ``start`` to ``end``, the first being line ``line``."""
+
+    source: str
+    path: str
+    start: int
+    end: int
+    line: int
+    expected: int
+
+    def identity(self) -> str:
+        """The lines themselves, and the files they name; the rest of the JSONL file does not matter."""
+        lines = [hashlib.sha256(self._read()).hexdigest()]
+        for _, _, path in filter(lambda row: row[2], self._rows()):
+            lines.append(file_identity(path))
+        return "\n".join(lines)
+
+    def samples(self) -> Iterator[Sample | Refused]:
+        for name, caption, path in self._rows():
+            if path is None:
+                yield Refused(name, caption)
+            else:
+                yield Sample(name, caption, functools.partial(_decode_file, path))
+
+    def _read(self) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            return file.read(self.end - self.start)
+
+    def _rows(self) -> Iterator[tuple[str, str, str | None]]:
+        """(name, caption, path of the image) of every line; (name, reason, None) for one that cannot be used."""
+        for number, line in enumerate(self._read().split(b"\n"), self.line):
+            if not line.strip():
+                continue
+            name = f"line {number}"
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("not a JSON object")
+                file = next((row[key] for key in IMAGE_KEYS if key in row), None)
+                if not isinstance(file, str) or not file or "\0" in file:
+                    raise ValueError(f"no file name under {' or '.join(IMAGE_KEYS)}")
+                name = f"{name}: {file}"
+                caption = clean_caption(next((row[key] for key in CAPTION_KEYS if key in row), None))
+                os.fsencode(file)
+            except RecursionError:
+                yield name, "not JSON: nested too deeply", None
+            except ValueError as error:  # JSONDecodeError, UnicodeDecodeError and UnicodeEncodeError are ValueErrors
+                yield name, str(error), None
+            else:
+                yield name, caption, os.path.join(os.path.dirname(self.path), file)
+
+
+def jsonl_parts(path: Path, source: str | None = None) -> list[JsonlPart]:
+    """Parts of ``path``: blocks of lines. Images are named relative to the file's folder."""
+    parts, start, first, filled = [], 0, 1, 0
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                filled += 1 if line.strip() else 0
+                if filled == BLOCK:
+                    parts.append(JsonlPart(source or str(path), str(path), start, file.tell(), first, filled))
+                    start, first, filled = file.tell(), number + 1, 0
+            if filled:
+                parts.append(JsonlPart(source or str(path), str(path), start, file.tell(), first, filled))
+    except OSError as error:
+        raise DataFileError(path, f"cannot be read ({error.strerror})", "Check the path") from error
+    if not parts:
+        raise DataFileError(path, "an empty file", 'Write one {"image": ..., "caption": ...} object per line')
+    return parts
+
+
+@dataclass(frozen=True)
+class OpenMojiPart:
+    """A block of the drawings of one split of OpenMoji."""
+
+    split: str
+    start: int
+    expected: int
+    source: str = "openmoji"
+
+    def identity(self) -> str:
+        drawings = openmoji.captioned_images(self.split)[self.start : self.start + self.expected]
+        return f"{openmoji.VERSION}\n{drawings}"
+
+    def samples(self) -> Iterator[Sample | Refused]:
+        for drawing in openmoji.captioned_images(self.split)[self.start : self.start + self.expected]:
+            yield Sample(drawing.name, drawing.caption, functools.partial(openmoji.render, drawing.characters))
+
+
+def openmoji_parts(split: str) -> list[OpenMojiPart]:
+    """Parts of the ``split`` (train or valid) of OpenMoji."""
+    total = len(openmoji.captioned_images(split))
+    return [OpenMojiPart(split, start, min(BLOCK, total - start)) for start in range(0, total, BLOCK)]
+
+
+def source_bytes(source: str) -> int:
+    """Bytes of an input: of the file, of all files below the folder, or of OpenMoji's font."""
+    if source == "openmoji":
+        return openmoji.font_bytes()
+    if not os.path.isdir(source):
+        return os.path.getsize(source)
+    return sum(os.lstat(os.path.join(root, file)).st_size for root, _, files in os.walk(source) for file in files)

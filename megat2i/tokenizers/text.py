@@ -1,0 +1,133 @@
+"""Text tokenizers: a JSON file of the ``tokenizers`` library, a SentencePiece model, or one trained on captions.
+
+Captions come from strangers, so text is only ever text: "<|endoftext|>" inside a caption is encoded as those letters,
+never as the special token of that name, and no tokenizer adds tokens of its own.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from megat2i.data.files import DataFileError, PendingFile, commit
+
+BYTES = 256  # the least vocabulary of a byte-level tokenizer
+
+
+class TextTokenizer(Protocol):
+    """What the data and generation code need of a text tokenizer; ids are 0 .. ``vocab_size`` - 1."""
+
+    kind: str
+    path: Path
+    sha256: str  # of the file, hexadecimal
+    vocab_size: int
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without special tokens."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``."""
+
+
+class JsonTokenizer:
+    """A tokenizer of the ``tokenizers`` library, e.g. GPT-NeoX's (50,277 ids).
+
+    A byte-level one is lossless on text in the Unicode normal form that it asks for (NFC for GPT-NeoX and for those
+    trained here): decode(encode(text)) == text.
+    """
+
+    kind = "tokenizers"
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        content = _read(self.path)
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        try:
+            self._tokenizer = Tokenizer.from_buffer(content)
+        except ValueError as error:  # what the library raises, for bad JSON and for a bad model alike
+            remedy = "Pass a tokenizer.json written by the Hugging Face tokenizers library"
+            raise DataFileError(self.path, f"not a tokenizer of the tokenizers library ({error})", remedy) from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # True: special tokens found in a text are split like any text
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if self.vocab_size == 0:
+            raise DataFileError(self.path, "a tokenizer without a vocabulary", "Train it first")
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        # One at a time: a batch would start a thread per core in each of our worker processes.
+        return [self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model. It is not lossless: the model's own normaliser (NFKC as a rule) is applied."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        content = _read(self.path)
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(content)
+        except RuntimeError as error:
+            remedy = "Pass a .model file written by SentencePiece's trainer"
+            raise DataFileError(self.path, "not a SentencePiece model", remedy) from error
+        self.vocab_size = self._model.vocab_size()
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._model.encode(list(texts), num_threads=1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode([int(i) for i in ids])
+
+
+def load_text_tokenizer(path: str | Path) -> TextTokenizer:
+    """The tokenizer in ``path``: .json by the ``tokenizers`` library, .model by SentencePiece. Raises DataFileError."""
+    kinds = {".json": JsonTokenizer, ".model": SentencePieceTokenizer}
+    suffix = Path(path).suffix
+    if suffix not in kinds:
+        remedy = "Pass a .json file (tokenizers library) or a .model file (SentencePiece)"
+        raise DataFileError(path, f"the kind of text tokenizer is not known from the ending {suffix!r}", remedy)
+    return kinds[suffix](path)
+
+
+def train_text_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> TextTokenizer:
+    """Train a byte-level BPE of at most ``vocab_size`` ids (256 bytes, then merges) on ``texts``; write it to ``path``.
+
+    The same texts give the same file. A small corpus may offer fewer merges than asked for.
+    """
+    if vocab_size < BYTES:
+        raise ValueError(f"a byte-level vocabulary has at least {BYTES} entries, got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    file = PendingFile(Path(path))
+    try:
+        file.write(tokenizer.to_str(pretty=True).encode())
+        commit([file])
+    finally:
+        file.discard()
+    return JsonTokenizer(path)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataFileError(path, f"cannot be read ({error.strerror})", "Check the tokenizer's path") from error

@@ -1,0 +1,184 @@
+"""Interrupted and repeated runs: nothing half-done looks complete, nothing stale is kept, nothing replaced unasked."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from captioned_images import (
+    OUTPUTS,
+    TOOL,
+    caption,
+    make_encoding,
+    output_bytes,
+    picture,
+    run,
+    tool,
+    write_images,
+    write_shards,
+)
+
+import megat2i.data.preprocess as engine
+from megat2i.data.encode_part import Encoding
+from megat2i.data.files import DataFileError
+from megat2i.data.indexed import IndexedDataset
+from megat2i.data.manifest import Manifest
+from megat2i.tokenizers.text import train_text_tokenizer
+
+
+@pytest.fixture(scope="module")
+def encoding(tmp_path_factory):
+    return make_encoding(tmp_path_factory.mktemp("tokenizers"))
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Blocks of 4 samples, so that a few images make several parts."""
+    monkeypatch.setattr("megat2i.data.sources.BLOCK", 4)
+
+
+def test_sigkill_in_the_middle_then_the_same_command_gives_the_same_bytes(tmp_path, encoding):
+    prefix = tmp_path / "killed" / "train"
+    tokenizers = ("--text-tokenizer", encoding.text_tokenizer, "--image-tokenizer", encoding.image_tokenizer)
+    arguments = ["--input", *write_shards(tmp_path / "in", 8, 40), *tokenizers, "--workers", 2, "--output-prefix"]
+    command = [sys.executable, TOOL, *map(str, arguments), str(prefix)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    finished = wait_for_parts(process, tmp_path / "killed" / "train.parts", 2)
+    os.kill(process.pid, signal.SIGKILL)  # the main process alone: its workers have to notice
+    process.wait()
+    wait_for_workers(process.pid)
+    assert not list(prefix.parent.glob("train.idx")), "killed too late to prove anything"
+    with pytest.raises(DataFileError):
+        IndexedDataset(prefix)
+    assert Manifest.read(prefix) is None
+    second_name = tmp_path / "kept"  # the parts are removed at the end of the next run
+    os.link(finished[0], second_name)
+    before = second_name.read_bytes(), second_name.stat().st_mtime_ns
+    tool(*arguments, prefix)
+    assert (second_name.read_bytes(), second_name.stat().st_mtime_ns) == before
+    tool(*arguments, tmp_path / "whole" / "train")
+    assert output_bytes(prefix) == output_bytes(tmp_path / "whole" / "train")
+    assert sorted(path.name for path in prefix.parent.iterdir()) == sorted(f"train{suffix}" for suffix in OUTPUTS)
+
+
+def wait_for_parts(process, folder: Path, number: int) -> list[Path]:
+    """The manifests of the finished parts as soon as there are ``number``."""
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        finished = [path for path in folder.glob("*.json") if not path.name.endswith(".record.json")]
+        if len(finished) >= number:
+            return finished
+        time.sleep(0.005)
+    raise AssertionError(f"{number} parts did not appear while the process ran (exit code {process.poll()})")
+
+
+def wait_for_workers(session: int) -> None:
+    """Until no process of the session is left: orphaned workers must end by themselves."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(session, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.killpg(session, signal.SIGKILL)
+    raise AssertionError("workers outlived their parent by 20 seconds")
+
+
+class _Stop(Exception):
+    pass
+
+
+def interrupted_run(source, prefix, encoding, monkeypatch, after: int) -> None:
+    """A run that ends by an exception after ``after`` parts."""
+    real, done = engine.encode_part, []
+
+    def encode_part(*arguments):
+        if len(done) == after:
+            raise _Stop
+        done.append(real(*arguments))
+        return done[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "encode_part", encode_part)
+        with pytest.raises(_Stop):
+            run(source, prefix, encoding)
+
+
+def part_times(prefix: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in Path(f"{prefix}.parts").glob("*.bin")}
+
+
+@pytest.mark.parametrize("change", ["nothing", "crop", "tokenizer", "image", "flipped byte", "cut file", "no record"])
+def test_only_valid_parts_of_the_same_settings_are_kept(tmp_path, encoding, small_parts, monkeypatch, change):
+    source, prefix = write_images(tmp_path / "in", 12), tmp_path / "out" / "train"
+    interrupted_run(source, prefix, encoding, monkeypatch, after=2)
+    before = part_times(prefix)
+    assert len(before) == 2
+    parts, redone = Path(f"{prefix}.parts"), {"000000.bin"}
+    if change == "nothing":
+        redone = set()
+    elif change == "crop":
+        encoding, redone = Encoding(encoding.text_tokenizer, encoding.image_tokenizer, "pad"), set(before)
+    elif change == "tokenizer":
+        train_text_tokenizer(map(caption, range(9)), 280, tmp_path / "other.json")
+        encoding, redone = Encoding(tmp_path / "other.json", encoding.image_tokenizer, "center"), set(before)
+    elif change == "image":
+        picture(99).save(tmp_path / "in" / "0001.png")
+    elif change == "flipped byte":
+        content = bytearray((parts / "000000.bin").read_bytes())
+        content[5] ^= 1
+        (parts / "000000.bin").write_bytes(content)
+    elif change == "cut file":
+        os.truncate(parts / "000000.idx", 40)
+    else:
+        (parts / "000000.record.json").write_text("{}")
+    interrupted_run(source, prefix, encoding, monkeypatch, after=2)  # runs again over the first two parts
+    after = part_times(prefix)
+    assert {name for name in before if after[name] != before[name]} == redone
+    run(source, prefix, encoding)
+    run(source, tmp_path / "fresh" / "train", encoding)
+    for suffix in (".bin", ".idx", ".ledger.jsonl"):
+        assert output_bytes(prefix)[suffix] == output_bytes(tmp_path / "fresh" / "train")[suffix]
+
+
+def test_an_existing_dataset_is_not_replaced_unless_asked(tmp_path, encoding):
+    source, prefix = write_images(tmp_path / "in", 6), tmp_path / "out" / "train"
+    run(source, prefix, encoding)
+    first = output_bytes(prefix)
+    picture(50).save(tmp_path / "in" / "0000.png")
+    with pytest.raises(DataFileError, match="there is a complete dataset. Pass --overwrite"):
+        run(source, prefix, encoding)
+    assert output_bytes(prefix) == first
+    run(source, prefix, encoding, overwrite=True)
+    assert output_bytes(prefix)[".bin"] != first[".bin"]
+    Manifest.read(prefix).verify(prefix)
+    Path(f"{prefix}.json").unlink()
+    with pytest.raises(DataFileError, match="that this tool did not write"):
+        run(source, prefix, encoding)
+
+
+def test_a_failed_replacement_leaves_the_old_dataset_whole(tmp_path, encoding, small_parts, monkeypatch):
+    source, prefix = write_images(tmp_path / "in", 12), tmp_path / "out" / "train"
+    run(source, prefix, encoding)
+    first = output_bytes(prefix)
+    monkeypatch.setattr(sys.modules[__name__], "run", partial(run, overwrite=True))
+    picture(50).save(tmp_path / "in" / "0000.png")
+    interrupted_run(source, prefix, encoding, monkeypatch, after=1)
+    assert output_bytes(prefix) == first
+    Manifest.read(prefix).verify(prefix)
+
+
+def test_two_runs_on_one_prefix_do_not_mix(tmp_path, encoding):
+    source, prefix = write_images(tmp_path / "in", 6), tmp_path / "out" / "train"
+    Path(f"{prefix}.parts").mkdir(parents=True)
+    with open(f"{prefix}.parts/lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(DataFileError, match="another run is writing this dataset"):
+            run(source, prefix, encoding)
+    run(source, prefix, encoding)

@@ -1,0 +1,285 @@
+"""The loss head against its plain twin in float64."""
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megat2i.kernels import linear_cross_entropy, reference
+from megat2i.kernels.linear_cross_entropy import IMPLEMENTATIONS
+
+# by import_module: as an attribute of the package the name means the function
+MODULE = importlib.import_module("megat2i.kernels.linear_cross_entropy")
+IGNORE = -100
+RANGES = ((0, 37), (48, 90))  # with unused rows between them and behind them
+ROWS = 96
+
+
+def make_case(tokens=29, width=16, ranges=RANGES, rows=ROWS, ignored=0.3, scale=1.0, seed=0, dtype=torch.float32):
+    """(hidden [N, D], weight [V, D], targets [N]); ``scale`` of the logits: 1 is flat, 12 or more is peaked."""
+    generator = torch.Generator().manual_seed(seed)
+    live = torch.cat([torch.arange(start, end) for start, end in ranges])
+    targets = live[torch.randint(0, len(live), (tokens,), generator=generator)]
+    hidden = torch.randn(tokens, width, generator=generator)
+    weight = torch.randn(rows, width, generator=generator) * width**-0.5 * scale
+    targets[torch.rand(tokens, generator=generator) < ignored] = IGNORE
+    return hidden.to(dtype), weight.to(dtype), targets
+
+
+def evaluate(function, hidden, weight, targets, upstream, **options):
+    """Results in float64, and the gradients of sum(upstream * loss)."""
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    losses = function(hidden, weight, targets, **options)
+    (losses.loss * upstream).sum().backward()
+    return [values.detach().double() for values in losses], hidden.grad.double(), weight.grad.double()
+
+
+def relative_error(found, expected) -> float:
+    return ((found - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def compare(hidden, weight, targets, upstream=None, token_weight=None, ranges=RANGES, z_loss=0.0):
+    """Largest error of each output field, and relative errors of both gradients, against float64 on the same numbers.
+
+    Absolute errors of losses are divided by the largest log-sum-exp where that is above 1.
+    """
+    upstream = torch.ones(len(targets)) if upstream is None else upstream
+    options = {"ranges": ranges, "z_loss": z_loss}
+    found = evaluate(linear_cross_entropy, hidden, weight, targets, upstream, token_weight=token_weight, **options)
+    wide_weight = None if token_weight is None else token_weight.double()
+    expected = evaluate(
+        reference.linear_cross_entropy,
+        hidden.double(),
+        weight.double(),
+        targets,
+        upstream.double(),
+        token_weight=wide_weight,
+        **options,
+    )
+    size = max(1.0, expected[0][2].abs().max().item()) if len(targets) else 1.0
+    fields = [((f - e).abs().max() / size).item() for f, e in zip(found[0], expected[0], strict=True)]
+    return fields, relative_error(found[1], expected[1]), relative_error(found[2], expected[2])
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 12.0])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-3])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_float32_equals_the_reference(ignored, scale, z_loss, weighted):
+    hidden, weight, targets = make_case(ignored=ignored, scale=scale)
+    token_weight = torch.rand(len(targets)) if weighted else None
+    upstream = torch.randn(len(targets), generator=torch.Generator().manual_seed(1))
+    fields, hidden_error, weight_error = compare(hidden, weight, targets, upstream, token_weight, z_loss=z_loss)
+    assert max(fields[:3]) < 1e-5 and fields[4] < 1e-5
+    assert scale == 0.0 or fields[3] == 0.0  # of equal logits any may be called the largest
+    assert hidden_error < 1e-5 or scale == 0.0
+    assert weight_error < 1e-5
+
+
+def confident_case(dtype):
+    """Every target has a probability of about 0.999: its gradient is a difference of near-equal numbers."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.eye(ROWS) * 11.3
+    targets = torch.cat([torch.arange(*pair) for pair in RANGES])[torch.randperm(79, generator=generator)[:32]]
+    hidden = torch.eye(ROWS)[targets] + 0.01 * torch.randn(32, ROWS, generator=generator)
+    return hidden.to(dtype), weight.to(dtype), targets
+
+
+def test_confident_predictions_keep_their_gradient():
+    hidden, weight, targets = confident_case(torch.float32)
+    probability = torch.exp(-linear_cross_entropy(hidden, weight, targets, ranges=RANGES).nll)
+    assert probability.min() > 0.9985 and probability.max() < 0.9995
+    fields, hidden_error, weight_error = compare(hidden, weight, targets)
+    assert max(fields) < 1e-5 and max(hidden_error, weight_error) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
+def test_bfloat16_gradients_stay_near_the_reference(scale):
+    hidden, weight, targets = make_case(tokens=200, width=64, scale=scale, dtype=torch.bfloat16)
+    fields, hidden_error, weight_error = compare(hidden, weight, targets)
+    assert max(hidden_error, weight_error) < 6e-3
+    assert fields[1] < 6e-3
+
+
+def test_bfloat16_gradients_of_confident_predictions():
+    hidden, weight, targets = confident_case(torch.bfloat16)
+    fields, hidden_error, weight_error = compare(hidden, weight, targets)
+    # The logits are rounded to bfloat16: 2^-9 of 11.3 moves 1 - p by up to 2.2 %.
+    assert max(hidden_error, weight_error) < 2.5e-2 and fields[1] < 6e-3
+
+
+@pytest.mark.parametrize("break_it", ["target", "weights", "range", "scale"])
+def test_the_comparison_notices_a_wrong_result(break_it):
+    hidden, weight, targets = make_case()
+    token_weight = torch.rand(len(targets)) + 0.5
+    upstream = torch.ones(len(targets))
+    good = evaluate(linear_cross_entropy, hidden, weight, targets, upstream, ranges=RANGES, token_weight=token_weight)
+    ranges = RANGES
+    if break_it == "target":
+        targets = targets.roll(1)
+    elif break_it == "weights":
+        token_weight = token_weight.roll(1)
+    elif break_it == "range":
+        ranges = ((0, 48), (48, 90))
+    else:
+        upstream = upstream * 1.001
+    bad = evaluate(linear_cross_entropy, hidden, weight, targets, upstream, ranges=ranges, token_weight=token_weight)
+    assert relative_error(bad[1], good[1]) > 1e-5 and relative_error(bad[2], good[2]) > 1e-5
+
+
+@pytest.mark.parametrize("elements", [1, 79 * 3, 79 * 7 + 5, 1 << 23])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_chunk_size_does_not_matter(monkeypatch, elements, dtype):
+    hidden, weight, targets = make_case(tokens=40, dtype=dtype)
+    upstream = torch.rand(40)
+    expected = evaluate(linear_cross_entropy, hidden, weight, targets, upstream, ranges=RANGES)
+    monkeypatch.setattr(MODULE, "CHUNK_ELEMENTS", elements)
+    found = evaluate(linear_cross_entropy, hidden, weight, targets, upstream, ranges=RANGES)
+    for a, b in zip(found[0], expected[0], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    bound = 1e-6 if dtype == torch.float32 else 4e-3  # one rounding of the result
+    assert relative_error(found[1], expected[1]) < bound and relative_error(found[2], expected[2]) < bound
+
+
+def test_columns_in_gaps_get_no_probability_and_exactly_no_gradient():
+    hidden, weight, targets = make_case()
+    with torch.no_grad():
+        weight[37:48] = 1e4  # would swallow all probability
+        weight[90:] = float("nan")
+    losses, hidden_grad, weight_grad = evaluate(
+        linear_cross_entropy, hidden, weight, targets, torch.ones(len(targets)), ranges=RANGES
+    )
+    assert (weight_grad[37:48] == 0).all() and (weight_grad[90:] == 0).all()
+    assert torch.isfinite(hidden_grad).all() and all(torch.isfinite(values).all() for values in losses)
+    assert (weight_grad[:37] != 0).any()
+
+
+def test_ignored_tokens_with_huge_logits_leave_the_gradients_finite():
+    """Padding positions may have any logits: their share of the gradient is 0, not 0 times infinity."""
+    hidden, weight, targets = make_case(ignored=0.5)
+    hidden[targets == IGNORE] *= 200
+    fields, hidden_error, weight_error = compare(hidden, weight, targets)
+    assert max(fields) < 1e-5 and hidden_error < 1e-5 and weight_error < 1e-5
+
+
+@given(
+    tokens=st.integers(1, 40),
+    width=st.integers(1, 33),
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=3),
+    gaps=st.lists(st.integers(0, 9), min_size=4, max_size=4),
+    ignored=st.sampled_from([0.0, 0.5, 1.0]),
+    scale=st.sampled_from([0.1, 1.0, 8.0, 60.0]),
+    z_loss=st.sampled_from([0.0, 1e-4]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_shape(tokens, width, sizes, gaps, ignored, scale, z_loss, seed):
+    ranges, at = [], 0
+    for size, gap in zip(sizes, gaps, strict=False):
+        ranges.append((at + gap, at + gap + size))
+        at += gap + size
+    hidden, weight, targets = make_case(tokens, width, tuple(ranges), at + gaps[-1], ignored, scale, seed)
+    upstream = torch.randn(tokens, generator=torch.Generator().manual_seed(seed))
+    fields, hidden_error, weight_error = compare(hidden, weight, targets, upstream, ranges=tuple(ranges), z_loss=z_loss)
+    assert max(fields[:3]) < 1e-5 and fields[4] < 1e-4
+    # Where all probability is on the target the gradient is rounding of zero: compared only where it is not.
+    wide = evaluate(
+        reference.linear_cross_entropy,
+        hidden.double(),
+        weight.double(),
+        targets,
+        upstream.double(),
+        ranges=tuple(ranges),
+        z_loss=z_loss,
+    )
+    if wide[1].norm() > 0.1 * scale * (targets != IGNORE).sum().sqrt():
+        assert hidden_error < 5e-5 and weight_error < 5e-5
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_gradcheck_in_float64(z_loss, monkeypatch):
+    monkeypatch.setattr(MODULE, "CHUNK_ELEMENTS", 9 * 2)
+    ranges = ((0, 4), (6, 11))
+    hidden, weight, targets = make_case(5, 3, ranges, 12, ignored=0.2, dtype=torch.float64)
+    token_weight = torch.rand(5, dtype=torch.float64)
+
+    def loss(hidden, weight):
+        return linear_cross_entropy(
+            hidden, weight, targets, ranges=ranges, z_loss=z_loss, token_weight=token_weight
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, (hidden.requires_grad_(), weight.requires_grad_()))
+
+
+def test_fields_by_hand():
+    weight = torch.eye(6)
+    hidden = torch.log(torch.tensor([[1.0, 2.0, 9.0, 3.0, 4.0, 9.0]])).repeat(3, 1)
+    losses = linear_cross_entropy(
+        hidden,
+        weight,
+        torch.tensor([1, 4, IGNORE]),
+        ranges=((0, 2), (3, 5)),
+        z_loss=0.5,
+        token_weight=torch.tensor([2.0, 3.0, 5.0]),
+    )
+    lse = torch.tensor(10.0).log()
+    nll = -torch.log(torch.tensor([0.2, 0.4]))
+    torch.testing.assert_close(losses.nll, torch.tensor([*nll, 0.0]))
+    torch.testing.assert_close(losses.lse, torch.tensor([lse, lse, 0.0]))
+    torch.testing.assert_close(losses.off_range_mass, torch.tensor([0.7, 0.3, 0.0]))
+    assert losses.correct.tolist() == [0.0, 1.0, 0.0]
+    expected = torch.tensor([2.0, 3.0]) * (nll + 0.5 * lse**2)
+    torch.testing.assert_close(losses.loss, torch.tensor([*expected, 0.0]))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("outside", [37, 47, 90, 95, 5000, -1])
+def test_a_target_outside_the_ranges_is_nan_for_its_token_alone(implementation, outside):
+    hidden, weight, targets = make_case(ignored=0.0)
+    good = linear_cross_entropy(hidden, weight, targets, ranges=RANGES, implementation=implementation)
+    targets[3] = outside
+    bad = linear_cross_entropy(hidden, weight, targets, ranges=RANGES, implementation=implementation)
+    assert bad.loss[3].isnan() and bad.nll[3].isnan()
+    others = torch.arange(len(targets)) != 3
+    assert torch.equal(bad.loss[others], good.loss[others])
+
+
+HIDDEN, WEIGHT, TARGETS = make_case()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"hidden": HIDDEN[None]},
+        {"hidden": HIDDEN[:, :-1]},
+        {"targets": TARGETS[:-1]},
+        {"targets": TARGETS[None]},
+        {"token_weight": torch.ones(len(TARGETS) - 1)},
+        {"ranges": ()},
+        {"ranges": ((10, 5),)},
+        {"ranges": ((0, 20), (10, 30))},
+        {"ranges": ((20, 30), (0, 10))},
+        {"ranges": ((-1, 5),)},
+        {"ranges": ((0, ROWS + 1),)},
+        {"ranges": ((3, 3),)},
+        {"mode": "sampled"},
+        {"blocks": ((0, 48), (48, 96))},
+        {"implementation": "quick"},
+    ],
+    ids=str,
+)
+def test_wrong_arguments(changed):
+    arguments = {"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS, "ranges": RANGES} | changed
+    with pytest.raises(ValueError):
+        linear_cross_entropy(**arguments)
+
+
+def test_no_tokens():
+    hidden, weight, targets = make_case(tokens=0)
+    losses, hidden_grad, weight_grad = evaluate(
+        linear_cross_entropy, hidden, weight, targets, torch.ones(0), ranges=RANGES
+    )
+    assert all(values.shape == (0,) for values in losses)
+    assert hidden_grad.shape == (0, 16) and (weight_grad == 0).all()

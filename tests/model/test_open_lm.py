@@ -1,0 +1,134 @@
+"""Opening open_lm checkpoints: prefixes, wrappers, and files that are something else."""
+
+import numpy as np
+import pytest
+import torch
+
+from megat2i.model import open_lm
+
+PARAMS = {
+    "dim": 16,
+    "n_layers": 2,
+    "n_heads": 2,
+    "vocab_size": 24,
+    "norm_eps": 1e-5,
+    "seq_len": 16,
+    "post_embed_norm": False,
+    "weight_tying": False,
+    "norm_type": "default_layer_norm",
+    "apply_qk_norm": False,
+    "positional_embedding_type": "head_rotary",
+    "ffn_type": "swiglu",
+}
+
+
+@pytest.fixture
+def state():
+    """A state dictionary as open_lm writes it, with its buffers."""
+    shapes = {"tok_embeddings.weight": (24, 16), "output.weight": (24, 16), "norm.weight": (16,), "norm.bias": (16,)}
+    for layer in range(2):
+        shapes |= {
+            f"layers.{layer}.attention.in_proj.weight": (48, 16),
+            f"layers.{layer}.attention.out_proj.weight": (16, 16),
+            f"layers.{layer}.attention.pos_embed.inv_freq": (4,),
+            f"layers.{layer}.feed_forward.w12.weight": (512, 16),
+            f"layers.{layer}.feed_forward.w3.weight": (16, 256),
+        }
+        for norm in ("attention_norm", "ffn_norm"):
+            shapes |= {f"layers.{layer}.{norm}.weight": (16,), f"layers.{layer}.{norm}.bias": (16,)}
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def save(tmp_path):
+    def write(content):
+        torch.save(content, tmp_path / "epoch_1.pt")
+        return tmp_path / "epoch_1.pt"
+
+    return write
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_prefixes_and_wrappers_are_taken_off(state, save, prefix, wrapped):
+    named = {prefix + name: tensor for name, tensor in state.items()}
+    content = {"epoch": 1, "name": "x", "state_dict": named, "evaluation_loss": 1.0} if wrapped else named
+    loaded = open_lm.load(save(content), PARAMS).state_dict()
+    expected = {name: tensor for name, tensor in state.items() if not name.endswith("inv_freq")}
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("lr", [1e-3, np.float64(1e-3)], ids=["float", "numpy"])
+def test_an_optimizer_file_is_refused(save, lr):
+    """open_lm's optimizer_N.pt holds NumPy scalars, which a file of weights does not."""
+    group = {"lr": lr, "params": [0]}
+    path = save({"epoch": 1, "name": "x", "optimizer": {"state": {0: {"step": 1}}, "param_groups": [group]}})
+    with pytest.raises(ValueError, match="epoch_1.pt"):
+        open_lm.load(path, PARAMS)
+
+
+def test_something_else_is_refused(save):
+    with pytest.raises(ValueError, match="epoch_1.pt"):
+        open_lm.load(save([torch.zeros(3)]), PARAMS)
+
+
+@pytest.mark.parametrize("change", ["shape", "missing", "extra"])
+def test_a_state_that_does_not_fit_is_refused(state, save, change):
+    name = "layers.1.feed_forward.w3.weight"
+    if change == "shape":
+        state[name] = torch.zeros(16, 255)
+    elif change == "missing":
+        del state[name]
+    else:
+        name = "layers.2.attention.in_proj.weight"
+        state[name] = torch.zeros(48, 16)
+    with pytest.raises(ValueError, match=name):
+        open_lm.load(save(state), PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("norm_type", "no_wb_layer_norm"),
+        ("positional_embedding_type", "llama_rotary"),
+        ("ffn_type", "gelu"),
+        ("weight_tying", True),
+        ("post_embed_norm", True),
+    ],
+)
+def test_variants_that_are_not_supported_are_refused(state, save, key, value):
+    with pytest.raises(ValueError, match=key):
+        open_lm.load(save(state), PARAMS | {key: value})
+
+
+def test_code_in_a_file_is_not_run(save, tmp_path):
+    marker = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self):
+            return open, (str(marker), "w")
+
+    path = save({"state_dict": Payload()})
+    with pytest.raises(Exception, match="weights_only|Weights only|not hold"):
+        open_lm.load(path, PARAMS)
+    assert not marker.exists()
+
+
+def test_the_released_model_has_no_positions_and_its_published_size():
+    shape = open_lm.model_shape(open_lm.RELEASED_1B)
+    assert (shape.positions, shape.norm, shape.qk_norm, shape.head_dim, shape.ffn_hidden) == (
+        "none",
+        "layer_norm",
+        False,
+        128,
+        5632,
+    )
+    with torch.device("meta"):
+        from megat2i.kernels import choose_ops
+        from megat2i.model.gpt import GPT
+
+        rows = open_lm.RELEASED_1B["vocab_size"]
+        model = GPT(shape, rows, ((0, rows),), choose_ops(torch.device("cpu"), torch.float32))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 1_439_895_552

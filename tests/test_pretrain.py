@@ -1,0 +1,255 @@
+"""The command line from end to end: real launchers, real kills."""
+
+import json
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megat2i import config
+
+pytestmark = pytest.mark.slow
+
+TIMES = ("tokens_per_s", "step_s", "mfu")
+KEYS = [
+    "step",
+    "lr",
+    "loss",
+    "loss/text",
+    "loss/image",
+    "loss/special",
+    "ppl/text",
+    "ppl/image",
+    "tokens/text",
+    "tokens/image",
+    "grad_norm",
+    "tokens_per_s",
+    "step_s",
+    "mfu",
+]
+LAUNCHER = ("deepspeed", "--num_accelerators", "2", "--master_port")
+
+
+@pytest.fixture
+def launcher():
+    """DeepSpeed's launcher with two ranks on a free port."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return (*LAUNCHER, str(probe.getsockname()[1]))
+
+
+@pytest.fixture
+def started(pretrain):
+    """``pretrain``, but nothing that it started outlives the test."""
+    processes = []
+
+    def start(*arguments, **options):
+        processes.append(pretrain(*arguments, **options))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        end(process)
+
+
+def end(process) -> None:
+    """Kill a process that we started, with its ranks (it leads its own session)."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def finish(process, expected: int = 0) -> tuple[str, str]:
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == expected, output + errors
+    return output, errors
+
+
+def entries(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(run_dir: Path) -> list[dict]:
+    return [{key: value for key, value in entry.items() if key not in TIMES} for entry in entries(run_dir)]
+
+
+def refusal(process) -> str:
+    """The message of a run that was refused: one line on stderr, nothing of a traceback."""
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode not in (0, None), output
+    assert "Traceback" not in output + errors
+    lines = [line for line in errors.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), errors
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def unbroken(pretrain, tmp_path_factory):
+    """A finished run of six steps in one process, validated and sampled on the way."""
+    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    finish(pretrain(run_dir, "training.evaluate_every=2", "training.sample_every=6", "sampling.prompts=[red hut]"))
+    return run_dir
+
+
+def test_a_run_leaves_its_whole_record(unbroken):
+    found = entries(unbroken)
+    training = [entry for entry in found if "split" not in entry]
+    assert [entry["step"] for entry in training] == [1, 2, 3, 4, 5, 6]
+    assert all(set(KEYS) <= entry.keys() for entry in training)
+    assert all(entry[key] is not None for entry in training for key in KEYS if key != "mfu")
+    valid = [entry for entry in found if entry.get("split") == "valid"]
+    assert [entry["step"] for entry in valid] == [2, 4, 6] and all("loss/image" in entry for entry in valid)
+    assert training[-1]["loss"] < training[0]["loss"]
+    environment = json.loads((unbroken / "environment.json").read_text())
+    assert environment["engine"] == "torch" and environment["layout"] == "1.1.1" and environment["resumed_from"] is None
+    assert environment["parameters_total"] == environment["parameters_per_rank"] > 10_000
+    assert environment["versions"]["torch"] == torch.__version__ and "device=cpu" in environment["backend"]
+    assert config.load(unbroken / "config.yaml").optimizer.engine == "torch"
+    assert [path.name for path in (unbroken / "checkpoints").iterdir()] == ["step-6"]
+    assert [path.name for path in sorted(unbroken.glob("tokenizers/*/*"))] == ["image.safetensors", "text.json"]
+    events = EventAccumulator(str(unbroken / "tensorboard")).Reload()
+    assert {key for key in KEYS if key not in ("step", "mfu")} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["samples/red hut"]
+
+
+def test_two_ranks_under_deepspeeds_launcher(started, launcher, unbroken, tmp_path):
+    finish(started(tmp_path / "run", "training.evaluate_every=2", launcher=launcher))
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert (environment["engine"], environment["layout"]) == ("deepspeed", "1.1.2")
+    found, expected = without_times(tmp_path / "run"), without_times(unbroken)
+    assert len(found) == len(expected)
+    for entry, other in zip(found, expected, strict=True):
+        assert entry.keys() == other.keys()
+        assert [entry[f"tokens/{m}"] for m in ("text", "image")] == [other[f"tokens/{m}"] for m in ("text", "image")]
+        assert entry["loss"] == pytest.approx(other["loss"], rel=1e-3)
+    for key in ("loss", "loss/text", "loss/image", "loss/special", "grad_norm"):
+        assert found[0][key] == pytest.approx(expected[0][key], rel=1e-5)
+
+
+def wait_for_step(run_dir: Path, step: int, process) -> None:
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run_dir / "metrics.jsonl").exists() and f'"step": {step},' in (run_dir / "metrics.jsonl").read_text():
+            return
+        time.sleep(0.005)
+    output, errors = process.communicate()
+    pytest.fail(f"step {step} was not reached while the run was alive:\n{output}{errors}")
+
+
+LONG = ("training.steps=60", "training.checkpoint_every=4", "training.evaluate_every=10")
+
+
+@pytest.fixture(scope="module")
+def killed(pretrain, tmp_path_factory):
+    """(unbroken run, run that was killed in the middle and resumed, steps at the kill) of one process each."""
+    folder = tmp_path_factory.mktemp("killed")
+    finish(pretrain(folder / "whole", *LONG))
+    process = pretrain(folder / "broken", *LONG)
+    try:
+        wait_for_step(folder / "broken", 14, process)
+    finally:
+        end(process)
+    reached = entries(folder / "broken")[-1]["step"]
+    finish(pretrain(folder / "broken", *LONG, "--resume"))
+    return folder / "whole", folder / "broken", reached
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers(killed):
+    whole, broken, reached = killed
+    assert reached < 60, "the run was killed too late to mean anything"
+    environment = json.loads((broken / "environment.json").read_text())
+    assert "step-" in environment["resumed_from"]
+    found, expected = without_times(broken), without_times(whole)
+    assert found == expected
+    changed = [entry | {"loss": entry["loss"] * (1 + 1e-15)} for entry in found]
+    assert changed != expected, "the comparison is not bitwise"
+
+
+def test_tensorboard_misses_no_step_of_a_killed_run(killed):
+    _, broken, _ = killed
+    events = EventAccumulator(str(broken / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 61))
+
+
+def test_a_killed_run_of_two_ranks_goes_on_to_the_same_numbers(started, launcher, tmp_path):
+    steps = ("training.steps=24", "training.checkpoint_every=3")
+    finish(started(tmp_path / "whole", *steps, launcher=launcher))
+    process = started(tmp_path / "broken", *steps, launcher=launcher)
+    wait_for_step(tmp_path / "broken", 5, process)
+    end(process)
+    assert entries(tmp_path / "broken")[-1]["step"] < 24
+    finish(started(tmp_path / "broken", *steps, "--resume", launcher=launcher))
+    assert without_times(tmp_path / "broken") == without_times(tmp_path / "whole")
+
+
+def test_stopping_and_resuming_under_another_engine(started, unbroken, tmp_path):
+    finish(started(tmp_path / "run", "training.stop_at=3", "training.evaluate_every=2"))
+    finish(started(tmp_path / "run", "training.evaluate_every=2", "optimizer.engine=deepspeed", "--resume"))
+    found, expected = without_times(tmp_path / "run"), without_times(unbroken)
+    assert found[:4] == expected[:4]
+    assert [entry["loss"] for entry in found] == pytest.approx([entry["loss"] for entry in expected], rel=1e-4)
+
+
+def test_a_run_folder_in_use_is_refused(started, unbroken):
+    before = (unbroken / "metrics.jsonl").read_bytes()
+    assert "--resume" in refusal(started(unbroken))
+    assert (unbroken / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["model.hidden=64", "data.seed=3", "training.steps=9"])
+def test_resuming_with_other_settings_is_refused(started, unbroken, change):
+    before = (unbroken / "metrics.jsonl").read_bytes()
+    assert change.split("=")[0] in refusal(started(unbroken, change, "--resume"))
+    assert (unbroken / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_nothing_is_refused(started, tmp_path):
+    assert "no run to resume" in refusal(started(tmp_path / "run", "--resume"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "word"),
+    [
+        ("model.hiden=3", "model.hidden"),
+        ("training.global_batch_size=7", "training.global_batch_size"),
+        ("data.valid=nowhere/x", "nowhere/x"),
+        ("vocab.image_codes=39", "image_codes"),
+        ("vocab.text_tokens=0", "text_tokens"),
+        ("data.sequence_length=8", "data.sequence_length"),
+        ("data.seed=-1", "seed"),
+        ("optimizer.beta1=1.5", "beta1"),
+        ("data.mode=image_only", "caption_dropout"),
+    ],
+)
+def test_bad_settings_are_one_line(started, tmp_path, argument, word):
+    assert word in refusal(started(tmp_path / "run", argument))
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_a_run_whose_checkpoints_are_all_damaged_is_refused(started, tmp_path):
+    """Starting again from nothing would throw the record of the run away."""
+    finish(started(tmp_path / "run", "training.stop_at=2"))
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    (tmp_path / "run" / "checkpoints" / "step-2" / "manifest.json").write_text("{}")
+    assert "checkpoints" in refusal(started(tmp_path / "run", "--resume"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(started, tmp_path):
+    process = started(tmp_path / "run", "training.checkpoint_every=3", "training.steps=200")
+    wait_for_step(tmp_path / "run", 1, process)
+    for _ in range(1000):
+        with suppress(OSError):  # a plain file where the next folder is to be
+            (tmp_path / "run" / "checkpoints" / "step-198.writing").write_text("in the way")
+            break
+        time.sleep(0.005)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode not in (0, None)
+    assert "Traceback" not in errors and "step-198" in errors

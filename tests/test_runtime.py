@@ -1,0 +1,137 @@
+"""Where a run executes: the launcher's environment, explicit wishes, and the process group."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+
+from megat2i.config import ConfigError, ParallelConfig
+from megat2i.runtime import Backend
+from megat2i.topology import ParallelGroups
+
+LAUNCHER_VARIABLES = [
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "SLURM_PROCID",
+    "SLURM_NTASKS",
+    "SLURM_LOCALID",
+    "SLURM_STEP_TASKS_PER_NODE",
+    "SLURM_NTASKS_PER_NODE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+]
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Function that makes the launcher's variables exactly ``variables``."""
+
+    def set_to(**variables):
+        for name in LAUNCHER_VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_to
+
+
+DEEPSPEED = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2"}
+TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+SLURM = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
+MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "launcher", "engine"),
+    [(DEEPSPEED, "deepspeed", "deepspeed"), (TORCHRUN, "torchrun", "torch"), (SLURM | MASTER, "slurm", "torch")],
+)
+def test_launchers(environment, tiny_config, variables, launcher, engine):
+    environment(**variables)
+    backend = Backend.resolve(tiny_config)
+    assert (backend.launcher, backend.engine) == (launcher, engine)
+    assert (backend.rank, backend.local_rank, backend.world_size, backend.local_world_size) == (3, 1, 4, 2)
+    assert (backend.device, backend.dtype, backend.communication) == (torch.device("cpu"), torch.float32, "gloo")
+
+
+def test_a_single_process_and_an_explicit_engine(environment, tiny_config):
+    environment()
+    backend = Backend.resolve(tiny_config)
+    assert (backend.launcher, backend.engine, backend.rank, backend.world_size) == ("none", "torch", 0, 1)
+    wish = replace(tiny_config, optimizer=replace(tiny_config.optimizer, engine="deepspeed"))
+    assert Backend.resolve(wish).engine == "deepspeed"
+    environment(**DEEPSPEED)
+    wish = replace(tiny_config, optimizer=replace(tiny_config.optimizer, engine="torch"))
+    assert Backend.resolve(wish).engine == "torch"
+
+
+def test_a_single_slurm_task_is_a_single_process(environment, tiny_config):
+    environment(SLURM_PROCID="0", SLURM_NTASKS="1", SLURM_LOCALID="0")
+    assert Backend.resolve(tiny_config).launcher == "none"
+
+
+def test_srun_without_a_master_says_what_to_export(environment, tiny_config):
+    environment(**SLURM)
+    with pytest.raises(ConfigError, match="MASTER_ADDR"):
+        Backend.resolve(tiny_config)
+
+
+@pytest.mark.parametrize("change", [{"LOCAL_RANK": None}, {"RANK": "x"}, {"WORLD_SIZE": ""}])
+def test_a_broken_environment_is_one_clear_error(environment, tiny_config, change):
+    variables = {name: value for name, value in (TORCHRUN | change).items() if value is not None}
+    environment(**variables)
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        Backend.resolve(tiny_config)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_cuda_that_is_asked_for_but_missing_is_an_error(environment, tiny_config):
+    environment()
+    wish = replace(tiny_config, runtime=replace(tiny_config.runtime, device="cuda"))
+    with pytest.raises(ConfigError, match=r"runtime\.device=cpu"):
+        Backend.resolve(wish)
+    automatic = replace(tiny_config, runtime=replace(tiny_config.runtime, device="auto"))
+    assert Backend.resolve(automatic).device.type == "cpu"
+
+
+def test_start_seeds_and_joins(environment, tiny_config):
+    environment()
+
+    def run():
+        dist.destroy_process_group()  # the helper's
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE"):
+            os.environ.pop(name)
+        backend = Backend.resolve(tiny_config)
+        backend.start(11)
+        first = torch.rand(1).item()
+        assert first == torch.rand(1, generator=torch.Generator().manual_seed(11)).item()
+        assert dist.get_world_size() == 1 and torch.get_num_threads() == 1
+        line = backend.describe()
+        assert "device=cpu" in line and "engine=torch" in line and "\n" not in line
+
+    run_ranks(1, run)
+
+
+def test_groups_of_two_data_parallel_ranks():
+    def run():
+        groups = ParallelGroups.create(ParallelConfig(), "cpu")
+        total = torch.tensor([10.0 ** dist.get_rank()])
+        dist.all_reduce(total, group=groups.data)
+        return groups.data_rank, groups.data_size, groups.layout(), total.item()
+
+    assert run_ranks(2, run) == [(0, 2, "1.1.2", 11.0), (1, 2, "1.1.2", 11.0)]
+
+
+def test_tensor_parallel_ranks_are_innermost():
+    def run():
+        groups = ParallelGroups.create(ParallelConfig(tensor=2), "cpu")
+        return groups.data_rank, groups.data_size, groups.layout(), sorted(dist.get_process_group_ranks(groups.data))
+
+    ranks = run_ranks(4, run)
+    assert [r[0] for r in ranks] == [0, 0, 1, 1] and {r[1:3] for r in ranks} == {(2, "1.2.2")}
+    assert [r[3] for r in ranks] == [[0, 2], [1, 3], [0, 2], [1, 3]]

@@ -1,0 +1,134 @@
+"""Turn captioned images into token shards: PREFIX.bin, PREFIX.idx (Megatron's format) and PREFIX.json (the manifest).
+
+Inputs: a folder of images (captions in .txt files of the same names, or in its metadata.jsonl), a .jsonl file of
+{"image": path, "caption": text}, WebDataset .tar shards, .parquet files, or the word openmoji. Samples that cannot be
+used are listed in PREFIX.ledger.jsonl. A run that was stopped goes on where it was when started again.
+
+    python tools/preprocess_data.py --input photos --output-prefix data/photos/train --train-text-tokenizer 2048
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from megat2i.data.encode_part import Encoding
+from megat2i.data.files import DataFileError
+from megat2i.data.fit_tokenizers import fit_image_tokenizer, fit_text_tokenizer
+from megat2i.data.images import CROPS
+from megat2i.data.openmoji import SPLITS
+from megat2i.data.preprocess import Summary, check_output, preprocess
+from megat2i.data.samples import Part
+from megat2i.data.sources import find_parts
+from megat2i.tokenizers.image import load_image_tokenizer
+
+PATCH_DEFAULTS = {"image_size": 32, "patch_size": 4, "codebook_size": 512}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    description, _, examples = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="what to read: see below")
+    parser.add_argument("--output-prefix", type=Path, required=True, metavar="PREFIX")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument(
+        "--text-tokenizer", type=Path, metavar="FILE", help=".json (tokenizers) or .model (SentencePiece)"
+    )
+    text.add_argument(
+        "--train-text-tokenizer",
+        type=int,
+        metavar="VOCAB_SIZE",
+        help="train a byte-level BPE on the captions: text_tokenizer.json in the output folder",
+    )
+    parser.add_argument(
+        "--image-tokenizer",
+        default="patch",
+        metavar="patch|FILE",
+        help="patch (the default): fit a codebook to the images: image_tokenizer.safetensors in the output folder",
+    )
+    parser.add_argument("--image-size", type=int, help="side in pixels (default 32, or the tokenizer file's)")
+    parser.add_argument("--patch-size", type=int, help="with patch: side of a patch in pixels (default 4)")
+    parser.add_argument("--codebook-size", type=int, help="with patch: number of codes (default 512)")
+    parser.add_argument("--crop", choices=CROPS, default="center", help="how images become square (default center)")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, help=f"processes (default: one per core, here {cores})")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="of openmoji (default train)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset and its tokenizers")
+    return _check(parser, parser.parse_args(arguments))
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """Rules across options; ends the program with one sentence where one is broken."""
+    fits = args.image_tokenizer == "patch"
+    if args.split == "valid" and (fits or args.train_text_tokenizer is not None):
+        parser.error("--split valid: tokenizers come from the train split; pass its files to --text-tokenizer, "
+                     "--image-tokenizer")  # fmt: skip
+    for name in PATCH_DEFAULTS:
+        if fits and getattr(args, name) is None:
+            setattr(args, name, PATCH_DEFAULTS[name])
+        value = getattr(args, name)
+        if not fits and name != "image_size" and value is not None:
+            parser.error(f"--{name.replace('_', '-')} belongs to --image-tokenizer patch; the file has its own")
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+    if fits and args.image_size % args.patch_size:
+        parser.error(f"--image-size {args.image_size} is not a multiple of --patch-size {args.patch_size}")
+    if args.train_text_tokenizer is not None and args.train_text_tokenizer < 256:
+        parser.error("--train-text-tokenizer needs at least 256: every byte has an id")
+    if args.workers < 1:
+        parser.error(f"--workers is {args.workers}, expected at least 1")
+    return args
+
+
+def prepare_tokenizers(args: argparse.Namespace, parts: list[Part]) -> Encoding:
+    """The tokenizer files that the options ask for; missing ones are trained."""
+    folder = args.output_prefix.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    text, image = args.text_tokenizer, Path(args.image_tokenizer)
+    if text is None:
+        text = folder / "text_tokenizer.json"
+        print(f"training the text tokenizer {text}", flush=True)
+        fit_text_tokenizer(parts, args.train_text_tokenizer, text, args.overwrite)
+    if args.image_tokenizer == "patch":
+        image = folder / "image_tokenizer.safetensors"
+        print(f"fitting the image tokenizer {image}", flush=True)
+        sizes = (args.image_size, args.patch_size, args.codebook_size)
+        fit_image_tokenizer(parts, *sizes, args.crop, image, args.overwrite)
+    elif args.image_size not in (None, load_image_tokenizer(image).image_size):
+        problem = (
+            f"made for images of {load_image_tokenizer(image).image_size} pixels, not --image-size {args.image_size}"
+        )
+        raise DataFileError(image, problem, "Leave --image-size out")
+    return Encoding(text, image, args.crop)
+
+
+def describe(summary: Summary, prefix: Path) -> str:
+    manifest = summary.manifest
+    return (
+        f"{prefix}: {manifest.documents:,} captioned images, {manifest.tokens.text:,} text ids, "
+        f"{manifest.tokens.image:,} image codes, {manifest.dtype}; {summary.refused:,} samples refused"
+        + (f", listed in {summary.ledger}" if summary.refused else "")
+    )
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.set_num_threads(1)  # the workers use the other cores
+    try:
+        check_output(args.output_prefix, args.overwrite)  # before the time that fitting takes
+        parts = find_parts(args.input, args.split)
+        encoding = prepare_tokenizers(args, parts)
+        summary = preprocess(parts, args.output_prefix, encoding, args.workers, args.overwrite)
+    except DataFileError as error:
+        sys.exit(f"preprocess_data.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("preprocess_data.py: interrupted; the same command goes on where it was")
+    print(describe(summary, args.output_prefix))
+
+
+if __name__ == "__main__":
+    main()
