@@ -43,6 +43,7 @@ def data_provider(config: Config, backend: Backend, groups: ParallelGroups) -> D
         held_out = dataset(data.valid)
         validation = list(evaluation_batches(held_out, **rank, rows=min(training.evaluate_samples, len(held_out))))
     return Data(
+        captions={str(d.store.prefix): (len(d), d.cut_captions) for d, _ in sources},
         micro_batches=lambda step: [batch.to(backend.device) for batch in train.micro_batches(step, **rank)],
         validation=[batch.to(backend.device) for batch in validation],
     )

@@ -62,6 +62,8 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
         if leader:
             _write_records(run_dir, settings, backend, groups, model, engine, found)
         report(f"{backend.describe()} {model.ops.description}")
+        for prefix, (rows, cut) in data.captions.items():
+            report(f"{prefix}: {rows:,} rows, {cut:,} captions cut to fit {settings.data.sequence_length} positions")
         report(f"{'resuming after step ' + str(first_step) if found else 'starting'}: {run_dir}")
         draw = _drawer(settings, model) if settings.training.sample_every and leader else None
         run = Run(settings, model, engine, data, provide_loss(settings), groups, backend.device, draw)

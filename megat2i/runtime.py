@@ -18,6 +18,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 (AVX512-BF16 or AMX); without either it is slower than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 @dataclass(frozen=True)
 class Backend:
     """What this process runs on. ``launcher``: deepspeed | torchrun | slurm | none (a single process)."""

@@ -54,8 +54,12 @@ def _summed(values: Tensor, groups: ParallelGroups) -> Tensor:
 
 @dataclass(frozen=True)
 class Data:
-    """Where batches come from: micro-batches of a step, and the fixed validation batches (empty: none)."""
+    """Where batches come from: micro-batches of a step, and the fixed validation batches (empty: none).
 
+    ``captions``: for every training dataset its number of rows and of captions that do not fit a row.
+    """
+
+    captions: dict[str, tuple[int, int]]
     micro_batches: Callable[[int], list[Batch]]
     validation: list[Batch]
 

@@ -97,7 +97,7 @@ def assert_same_training(found, expected, bounds) -> None:
         for key, value in b.items():
             if key.startswith("tokens/"):
                 assert a[key] == value
-            elif not key.startswith("accuracy/"):  # a near tie may go either way
+            elif not key.startswith(("accuracy/", "ppl/")):  # a near tie may go either way; ppl is exp(loss)
                 assert a[key] == pytest.approx(value, rel=metrics), key
     assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=norm)
     for name, values in expected["moments"].items():
@@ -109,7 +109,7 @@ def assert_same_training(found, expected, bounds) -> None:
 FLOAT32 = (1e-5, 1e-5, 1e-5, 1e-5)
 # bfloat16: activations carry 8 bits; micro-batches are rounded alike, so what differs are sums over rows and ranks.
 # Measured: gradients of norm gains and biases up to 1.3e-2, parameters after three steps up to 1e-2 (small biases).
-BFLOAT16 = (2e-3, 4e-3, 2e-2, 2e-2)
+BFLOAT16 = (1e-3, 4e-3, 2e-2, 2e-2)
 
 
 @pytest.fixture(scope="module")

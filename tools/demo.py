@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from megat2i.runtime import fast_bfloat16
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/openmoji_demo.yaml"
 RUN = Path("runs/demo")
@@ -51,17 +53,12 @@ def prepare() -> None:
 def train() -> None:
     """Train, or continue what is there, in bfloat16 where the processor multiplies it fast."""
     command = ["deepspeed", "--num_accelerators", "1", "pretrain_t2i.py", "--config", CONFIG]
-    if not torch.cuda.is_available() and not fast_bfloat16():
+    if not (torch.cuda.is_available() or fast_bfloat16()):
         print("This processor has no bfloat16 arithmetic: training in float32, with fewer steps.")
         command += ["runtime.dtype=float32", "training.steps=1200"]
     if (RUN / "config.yaml").exists():
         command.append("--resume")
     run("Training", *command)
-
-
-def fast_bfloat16() -> bool:
-    """Whether this CPU has AVX512-BF16 or AMX; without them bfloat16 is slower than float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def run(title: str, *command: str) -> None:

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -169,7 +170,9 @@ class _Progress:
         self._known = sum(part.expected for part in parts if part.expected is not None)
         self._unknown = sum(part.expected is None for part in parts)
         self._counted, self._samples = 0, 0
-        self.bar = tqdm(total=None if self._unknown else self._known, unit=" images", smoothing=0.05)
+        total = None if self._unknown else self._known
+        interval = 0.2 if sys.stderr.isatty() else 10.0  # in a log file every refresh is a line
+        self.bar = tqdm(total=total, unit=" images", smoothing=0.05, mininterval=interval)
 
     def part_done(self, part: Part, samples: int) -> None:
         if part.expected is None:
@@ -187,7 +190,7 @@ def _encode_parts(jobs: list[tuple[Part, Path]], encoding: Encoding, workers: in
         for number, (manifest, part_refused) in run:
             manifests[number] = manifest
             refused += part_refused
-            bar.set_postfix(refused=refused)
+            bar.set_postfix(refresh=False, refused=refused)
             progress.part_done(jobs[number][0], manifest.documents + part_refused)
     return manifests
 

@@ -95,6 +95,16 @@ class T2IDataset:
     def __len__(self) -> int:
         return self._rows
 
+    @property
+    def cut_captions(self) -> int:
+        """How many captions are longer than a row has room for and lose their end."""
+        if not self._pattern or TEXT not in self._modalities:
+            return 0
+        lengths = self.store.lengths[self._pattern.index(TEXT) :: len(self._pattern)].astype(np.int64)
+        if IMAGE in self._modalities:
+            lengths += self.store.lengths[self._pattern.index(IMAGE) :: len(self._pattern)]
+        return int((lengths + self._specials > self.sequence_length).sum())
+
     def row(self, sample: int, epoch: int | None) -> Row:
         """Row number ``sample`` in the order of the file. An ``epoch`` of None means evaluation: no caption is dropped.
 
