@@ -8,6 +8,7 @@ import argparse
 import sys
 from functools import partial
 
+from megat2i.checkpoint import CheckpointError
 from megat2i.config import Config, ConfigError, load
 from megat2i.data.batches import TrainingData, evaluation_batches
 from megat2i.data.files import DataFileError
@@ -15,10 +16,10 @@ from megat2i.data.t2i_dataset import T2IDataset
 from megat2i.kernels import choose_ops
 from megat2i.loss import ModalityLoss
 from megat2i.model.gpt import GPT
-from megat2i.pretrain import RunError, pretrain
+from megat2i.pretrain import pretrain
 from megat2i.runtime import Backend
 from megat2i.topology import ParallelGroups
-from megat2i.trainer import Data
+from megat2i.trainer import Data, RunError
 
 
 def model_provider(config: Config, backend: Backend) -> GPT:
@@ -69,5 +70,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ConfigError, DataFileError, RunError) as error:
+    except (ConfigError, DataFileError, RunError, CheckpointError) as error:
         sys.exit(f"error: {error}")

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,12 +76,12 @@ def save(folder: Path, step: int, engine: Engine, layout: str, keep: int) -> Pat
         text = json.dumps(manifest, indent=1)
         body = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": text}
         _write_json(temporary / MANIFEST, body)
-        if final.exists():  # a damaged or older attempt at the same step: never two in place
-            shutil.rmtree(final)
+        _remove(final)  # a damaged attempt at the same step: a sound one would have been resumed
         os.rename(temporary, final)
         fsync_folder(folder)
-        for old in _steps(folder)[keep:]:
-            shutil.rmtree(old)
+        # Only steps up to this one: what is newer was found damaged and must not push out what is sound.
+        for old in [path for path in committed(folder) if _number(path) <= step][keep:]:
+            _remove(old)
 
     _together(commit, f"cannot commit {final}")
     return final
@@ -91,8 +92,7 @@ def latest(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
 
     Collective; each rank hashes its share of the files.
     """
-    names = _steps(folder) if dist.get_rank() == 0 and folder.is_dir() else []
-    steps = [int(path.name.removeprefix("step-")) for path in names]
+    steps = [_number(path) for path in committed(folder)] if dist.get_rank() == 0 else []
     for step in _from_first_rank(steps):
         path = folder / f"step-{step}"
         problem = None
@@ -104,6 +104,18 @@ def latest(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
         if _all_ranks(problem is None):
             return checkpoint
         report(f"skipping {path}: {problem or 'another rank found it damaged'}")
+    return None
+
+
+def latest_here(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint in ``folder`` that verifies, found by this process alone."""
+    for path in committed(folder):
+        try:
+            checkpoint = open_checkpoint(path)
+            verify(checkpoint)
+            return checkpoint
+        except CheckpointError as error:
+            print(f"skipping {path}: {error}", file=sys.stderr)
     return None
 
 
@@ -134,8 +146,12 @@ def load_engine(checkpoint: Checkpoint, engine: Engine) -> None:
 
     def fill() -> None:
         index = _index(checkpoint)
-        for fragment in engine.fragments():
+        fragments = engine.fragments()
+        for fragment in fragments:
             _fill(checkpoint, index, fragment)
+        foreign = {name for name, _ in index} - set(engine.parameters)
+        if foreign:
+            raise CheckpointError(f"it holds {sorted(foreign)[0]}, which this model does not have")
 
     _together(fill, f"cannot load {checkpoint.path}")
     engine.loaded(checkpoint.manifest["optimizer_updates"])
@@ -161,23 +177,25 @@ def _index(checkpoint: Checkpoint) -> dict[tuple[str, str], list[dict]]:
 def _fill(checkpoint: Checkpoint, index: dict, fragment: Fragment) -> None:
     """Copy the elements of ``fragment`` from every part that overlaps it."""
     stop = fragment.start + fragment.values.numel()
-    filled = 0
-    for part in index.get((fragment.name, fragment.kind), []):
+    filled = fragment.start  # all elements before this one are there
+    for part in sorted(index.get((fragment.name, fragment.kind), []), key=lambda part: part["start"]):
         if tuple(part["shape"]) != fragment.shape:
             raise CheckpointError(
                 f"{checkpoint.path}: {fragment.name} has shape {part['shape']}, the model wants {list(fragment.shape)}"
             )
-        low, high = max(part["start"], fragment.start), min(part["stop"], stop)
+        low, high = max(part["start"], filled), min(part["stop"], stop)
         if low >= high:
             continue
+        if low > filled:
+            break
         values = _read_part(checkpoint.path, part)
         source = values[low - part["start"] : high - part["start"]]
         fragment.values[low - fragment.start : high - fragment.start].copy_(source)
-        filled += high - low
-    if filled != fragment.values.numel():
+        filled = high
+    if filled != stop:
         raise CheckpointError(
-            f"{checkpoint.path}: holds {filled} of the {fragment.values.numel()} wanted elements of "
-            f"{fragment.name} ({fragment.kind}); was it written by another model?"
+            f"{checkpoint.path}: elements {filled} to {stop} of {fragment.name} ({fragment.kind}) are missing; "
+            "was it written by another model?"
         )
 
 
@@ -194,8 +212,18 @@ def _read_part(folder: Path, part: dict) -> Tensor:
 
 
 def _prepare(temporary: Path) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed attempt
+    for pattern in ("step-*.writing", "step-*.removing"):  # left by killed attempts
+        for leftover in temporary.parent.glob(pattern):
+            shutil.rmtree(leftover)
     temporary.mkdir(parents=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; whatever interrupts it, no torn one is left under a committed name."""
+    if path.exists():
+        doomed = path.with_name(path.name + ".removing")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
 
 
 def _write_rank(temporary: Path, fragments: list[Fragment]) -> None:
@@ -234,10 +262,14 @@ def _digest(values: Tensor) -> str:
     return hashlib.sha256(memoryview(values.numpy()).cast("B")).hexdigest()
 
 
-def _steps(folder: Path) -> list[Path]:
-    """Committed checkpoint folders, newest first."""
+def committed(folder: Path) -> list[Path]:
+    """Checkpoint folders under their committed names, newest first, verified or not."""
     found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda path: -int(path.name.removeprefix("step-")))
+    return sorted(found, key=_number, reverse=True)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _together(action: Callable[[], None], what: str) -> None:
@@ -245,7 +277,7 @@ def _together(action: Callable[[], None], what: str) -> None:
     problem: Exception | None = None
     try:
         action()
-    except (OSError, CheckpointError, SafetensorError, ValueError) as error:
+    except Exception as error:  # whatever it is, the other ranks must hear of it before it is raised
         problem = error
     if not _all_ranks(problem is None):
         raise CheckpointError(f"{what}: {problem or 'another rank failed, see its message'}") from problem

@@ -12,6 +12,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from megat2i import config_limits
 from megat2i.vocab import VocabLayout
 
 
@@ -125,7 +126,7 @@ class SamplingConfig:
 
     def check(self) -> None:
         """Raises ConfigError for a number outside its limits."""
-        _check_limits(Config(sampling=self))
+        Config(sampling=self).check()
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,15 @@ class Config:
     @property
     def vocab_layout(self) -> VocabLayout:
         return VocabLayout(self.vocab.text_tokens, self.vocab.image_codes)
+
+    def check(self) -> None:
+        """Raises ConfigError for a value that is wrong by itself."""
+        problem = config_limits.problem(lambda key: getattr(getattr(self, key.split(".")[0]), key.split(".")[1]))
+        if problem:
+            raise ConfigError(problem)
+        for index, dataset in enumerate(self.data.train):
+            if not dataset.prefix or not 0 < dataset.weight < float("inf"):
+                raise ConfigError(f"data.train[{index}] needs a prefix and a weight above 0, got {dataset}")
 
 
 # Fields that say how a run is executed, not what it computes: a resumed run may change them.
@@ -164,49 +174,6 @@ EXECUTION_FIELDS = {
     "sampling": {f.name for f in dataclasses.fields(SamplingConfig)},
 }
 
-CHOICES = {
-    "data.mode": ("text_to_image", "image_only", "text_only"),
-    "model.norm": ("layer_norm", "layer_norm_gain_only", "rms_norm"),
-    "model.positions": ("none", "rotary"),
-    "optimizer.engine": (None, "deepspeed", "torch"),
-    "runtime.device": ("auto", "cpu", "cuda"),
-    "runtime.dtype": ("float32", "bfloat16"),
-}
-
-# (key, smallest, largest) of every number that has limits
-LIMITS = (
-    ("data.sequence_length", 8, None),
-    ("data.caption_dropout", 0.0, 1.0),
-    ("model.hidden", 1, None),
-    ("model.layers", 1, None),
-    ("model.heads", 1, None),
-    ("model.ffn", 1, None),
-    ("training.steps", 1, None),
-    ("training.stop_at", 1, None),
-    ("training.global_batch_size", 1, None),
-    ("training.micro_batch_size", 1, None),
-    ("training.warmup_steps", 0, None),
-    ("training.evaluate_every", 0, None),
-    ("training.evaluate_samples", 1, None),
-    ("training.checkpoint_every", 0, None),
-    ("training.keep_checkpoints", 1, None),
-    ("training.sample_every", 0, None),
-    ("optimizer.lr", 0.0, None),
-    ("optimizer.min_lr", 0.0, None),
-    ("optimizer.weight_decay", 0.0, None),
-    ("optimizer.clip", 0.0, None),
-    ("loss.text", 0.0, None),
-    ("loss.image", 0.0, None),
-    ("loss.special", 0.0, None),
-    ("loss.z_loss", 0.0, None),
-    ("parallel.tensor", 1, None),
-    ("parallel.pipeline", 1, None),
-    ("sampling.temperature", 1e-6, None),
-    ("sampling.top_k", 0, None),
-    ("sampling.top_p", 1e-6, 1.0),
-    ("sampling.guidance", 0.0, None),
-)
-
 
 def load(path: str | Path, overrides: list[str] = ()) -> Config:
     """Read ``path`` (YAML), apply ``section.key=value`` overrides and check every field; raises ConfigError."""
@@ -220,54 +187,48 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
     for override in overrides:
         if "=" not in override.lstrip("="):
             raise ConfigError(f"override '{override}': expected section.key=value")
-    config = _merge(_merge(OmegaConf.structured(Config), loaded, str(path)), None, "command line", list(overrides))
-    result = OmegaConf.to_object(config)
-    _check_fields(result)
-    return result
+    merged = _merge(OmegaConf.structured(Config), loaded, str(path))
+    merged = _merge(merged, OmegaConf.from_dotlist(list(overrides)), "command line")
+    config = OmegaConf.to_object(merged)
+    config.check()
+    return config
 
 
-def _merge(base, loaded, where: str, overrides: list[str] | None = None):
+def _merge(base, loaded, where: str):
     OmegaConf.set_readonly(base, False)  # OmegaConf makes frozen dataclasses read-only; merging is how they are filled
     for key in base:
         OmegaConf.set_readonly(base[key], False)
-    try:
-        return OmegaConf.merge(base, OmegaConf.from_dotlist(overrides) if overrides is not None else loaded)
-    except ConfigKeyError as error:
-        key = str(error.full_key or error.key)
-        *parents, last = key.split(".")
-        node = OmegaConf.select(base, ".".join(parents)) if parents else base
-        near = difflib.get_close_matches(last, list(node), 1) if OmegaConf.is_dict(node) else []
-        hint = f"; did you mean '{'.'.join([*parents, near[0]])}'?" if near else ""
-        raise ConfigError(f"{where}: unknown key '{key}'{hint}") from error
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
-        key = getattr(error, "full_key", None) or "?"
-        raise ConfigError(f"{where}: {key}: {str(error).splitlines()[0]}") from error
+    if not OmegaConf.is_dict(loaded):
+        raise ConfigError(f"{where}: expected sections with keys, such as training: {{steps: 100}}")
+    for section in loaded:  # one at a time: OmegaConf's errors do not always say where they are
+        try:
+            part = OmegaConf.masked_copy(loaded, section)
+            OmegaConf.resolve(part)
+            if missing := sorted(OmegaConf.missing_keys(part)):
+                raise ConfigError(f"{where}: {missing[0]}: the value is missing")
+            base = OmegaConf.merge(base, part)
+        except ConfigError:
+            raise
+        except ConfigKeyError as error:
+            raise ConfigError(f"{where}: {_unknown_key(str(section), str(error.full_key or error.key))}") from error
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            key = str(getattr(error, "full_key", None) or section)
+            key = key if key.startswith(str(section)) else f"{section}.train: {key}"  # the only list of sections
+            raise ConfigError(f"{where}: {key}: {str(error).splitlines()[0]}") from error
+    return base
 
 
-def _get(config: Config, key: str):
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
-
-
-def _check_fields(config: Config) -> None:
-    """Checks of one field alone."""
-    for key, choices in CHOICES.items():
-        if _get(config, key) not in choices:
-            allowed = ", ".join(str(choice) for choice in choices if choice is not None)
-            raise ConfigError(f"{key} is '{_get(config, key)}'; it must be one of: {allowed}")
-    _check_limits(config)
-    VocabLayout(config.vocab.text_tokens, config.vocab.image_codes)
-    for index, dataset in enumerate(config.data.train):
-        if not dataset.prefix or not dataset.weight > 0:
-            raise ConfigError(f"data.train[{index}] needs a prefix and a weight above 0, got {dataset}")
-
-
-def _check_limits(config: Config) -> None:
-    for key, low, high in LIMITS:
-        value = _get(config, key)
-        if value is not None and not (low <= value <= (high if high is not None else float("inf"))):
-            limits = f"between {low} and {high}" if high is not None else f"at least {low}"
-            raise ConfigError(f"{key} is {value}; it must be {limits}")
+def _unknown_key(section: str, key: str) -> str:
+    """The sentence on a key that does not exist, with the nearest one that does."""
+    last = key.split(".")[-1]
+    known = [f.name for f in dataclasses.fields(Config)]
+    if section in known and last != section:
+        kind = next(f.default_factory for f in dataclasses.fields(Config) if f.name == section)
+        inside = DatasetConfig if section == "data" and not key.startswith("data.") else kind
+        known = [f.name for f in dataclasses.fields(inside)]
+    key = key if key.startswith(section) else f"{section}.train.{key}"
+    near = difflib.get_close_matches(last, known, 1)
+    return f"unknown key '{key}'" + (f"; did you mean '{key.removesuffix(last)}{near[0]}'?" if near else "")
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -299,13 +260,30 @@ def validate(config: Config, world_size: int) -> None:
         )
     if config.optimizer.min_lr > config.optimizer.lr:
         raise ConfigError(f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}")
-    if config.loss.text + config.loss.image + config.loss.special == 0:
-        raise ConfigError("loss.text, loss.image and loss.special are all 0: there is nothing to train")
-    if training.sample_every and not config.sampling.prompts:
-        raise ConfigError("training.sample_every is set but sampling.prompts is empty")
-    if training.sample_every and config.sampling.guidance > 1 and config.data.caption_dropout == 0:
+    _validate_data(config)
+
+
+def _validate_data(config: Config) -> None:
+    data, loss, sampling = config.data, config.loss, config.sampling
+    total = sum(dataset.weight for dataset in data.train)
+    for index, dataset in enumerate(data.train):
+        if dataset.weight < total / 1000:
+            raise ConfigError(f"data.train[{index}].weight={dataset.weight} is below a thousandth of all, {total}")
+    trained = {"text_to_image": loss.text + loss.image, "text_only": loss.text, "image_only": loss.image}[data.mode]
+    if trained + loss.special == 0:
+        raise ConfigError(f"loss.text, loss.image and loss.special are 0 for all that data.mode={data.mode} trains on")
+    if data.caption_dropout and data.mode != "text_to_image":
+        raise ConfigError(f"data.caption_dropout={data.caption_dropout} needs data.mode=text_to_image, not {data.mode}")
+    if not config.training.sample_every:
+        return
+    if data.mode == "text_only" or not sampling.prompts or (data.mode == "image_only" and any(sampling.prompts)):
         raise ConfigError(
-            f"sampling.guidance={config.sampling.guidance} needs a model that saw empty captions: "
+            f"training.sample_every with data.mode={data.mode} and sampling.prompts={list(sampling.prompts)}: "
+            "text_to_image needs prompts, image_only takes empty ones, text_only draws no images"
+        )
+    if sampling.guidance > 1 and data.caption_dropout == 0:
+        raise ConfigError(
+            f"sampling.guidance={sampling.guidance} needs a model that saw empty captions: "
             "set data.caption_dropout above 0 or sampling.guidance=1"
         )
 

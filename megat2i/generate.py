@@ -5,6 +5,7 @@ one that training knows, short batches are filled up, and each image draws from 
 prompt, its seed and the settings, not on what else is in the batch.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,14 +40,11 @@ class Sampler:
     def from_run(run_dir: Path, device: torch.device, dtype: torch.dtype) -> tuple["Sampler", Config]:
         """The newest verified checkpoint of a run folder; raises ConfigError where the folder holds none."""
         settings = config.load(run_dir / "config.yaml")
-        found = None
-        for path in sorted((run_dir / "checkpoints").glob("step-*"), key=_step_number, reverse=True):
-            if _step_number(path) < 0:
-                continue
-            found = checkpoint.open_checkpoint(path)
-            break
+        # Where the run is now, which need not be where it was trained.
+        settings = dataclasses.replace(settings, run=dataclasses.replace(settings.run, dir=str(run_dir)))
+        found = checkpoint.latest_here(run_dir / "checkpoints")
         if found is None:
-            raise ConfigError(f"{run_dir}/checkpoints: no checkpoint; train the run to its first checkpoint")
+            raise ConfigError(f"{run_dir}/checkpoints: no sound checkpoint; train the run to its first checkpoint")
         model = GPT.empty(settings.model, settings.vocab_layout, choose_ops(device, dtype), device, dtype)
         model.requires_grad_(False)
         checkpoint.load_weights(found, model)
@@ -85,6 +83,8 @@ class Sampler:
         self, prompts: Sequence[str], seeds: Sequence[int], sampling: SamplingConfig, batch_size: int = BATCH_SIZE
     ) -> Tensor:
         """Image codes [len(prompts), image tokens] int64, on the CPU."""
+        if len(prompts) != len(seeds) or not prompts:
+            raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: expected one seed for every prompt")
         rows = [self.prompt_tokens(prompt) for prompt in prompts]
         done = []
         for start in range(0, len(rows), batch_size):
@@ -143,6 +143,8 @@ def draw(logits: Tensor, noise: Tensor, sampling: SamplingConfig) -> Tensor:
     Temperature first, then top-k, then top-p over what is left, as is usual. Returns int64 [B].
     """
     probabilities = (logits.double() / sampling.temperature).softmax(dim=-1)
+    if not probabilities.isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights are damaged or its training diverged")
     if 0 < sampling.top_k < logits.shape[-1]:
         smallest = probabilities.topk(sampling.top_k, dim=-1).values[:, -1:]
         probabilities = probabilities.where(probabilities >= smallest, 0.0)
@@ -155,11 +157,6 @@ def draw(logits: Tensor, noise: Tensor, sampling: SamplingConfig) -> Tensor:
     cumulative = probabilities.cumsum(dim=-1)
     target = noise.double()[:, None] * cumulative[:, -1:]
     return (cumulative <= target).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
-
-
-def _step_number(path: Path) -> int:
-    number = path.name.removeprefix("step-")
-    return int(number) if number.isdigit() else -1
 
 
 def _only_file(folder: Path) -> Path:

@@ -44,7 +44,8 @@ class StepMetrics:
         result: dict[str, float | int | None] = {"loss": sum(nll) / sum(counts)}
         if len(set(self.weights)) > 1:
             normaliser = sum(w * count for w, count in zip(self.weights, counts, strict=True))
-            result["objective"] = sum(w * value for w, value in zip(self.weights, nll, strict=True)) / normaliser
+            total = sum(w * value for w, value in zip(self.weights, nll, strict=True))
+            result["objective"] = total / normaliser if normaliser else None
         for index, modality in enumerate(MODALITIES):
             mean = nll[index] / counts[index] if counts[index] else None
             result[f"loss/{modality}"] = mean
@@ -92,9 +93,13 @@ class MetricsLog:
         for image, prompt in zip(images, prompts, strict=True):
             self.tensorboard.add_image(f"samples/{prompt}", image, step)
 
-    def close(self) -> None:
+    def sync(self) -> None:
+        """Bring every line to the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
         self._file.close()
         self.tensorboard.close()
 

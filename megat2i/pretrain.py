@@ -26,12 +26,7 @@ from megat2i.optim.engine import Engine
 from megat2i.optim.torch_engine import TorchEngine
 from megat2i.runtime import Backend
 from megat2i.topology import ParallelGroups
-from megat2i.trainer import Data, Run, train
-
-
-class RunError(RuntimeError):
-    """A run that cannot start or go on; the message says what to do."""
-
+from megat2i.trainer import Data, Run, RunError, train
 
 Providers = tuple[
     Callable[[Config, Backend], GPT],
@@ -58,6 +53,8 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
         found = checkpoint.latest(run_dir / "checkpoints", report) if resume else None
         if found:
             checkpoint.load_engine(found, engine)
+        elif resume and checkpoint.committed(run_dir / "checkpoints"):
+            raise RunError(f"{run_dir}/checkpoints: every checkpoint is damaged; to start over, choose another run.dir")
         first_step = found.step if found else 0
         if leader:
             _write_records(run_dir, settings, backend, groups, model, engine, found)

@@ -68,8 +68,7 @@ class Backend:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         else:
-            # Without this every rank would start a thread per core; one explicit wish of the user stands above it.
-            if "OMP_NUM_THREADS" not in os.environ or self.launcher != "none":
+            if "OMP_NUM_THREADS" not in os.environ:  # else every rank would start a thread per core
                 torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world_size))
             # Subnormal numbers are many times slower on CPUs, and GPUs flush them too.
             torch.set_flush_denormal(True)
@@ -112,13 +111,22 @@ def _launched_as() -> tuple[str, int, int, int, int]:
         # DeepSpeed's launcher names the number of local ranks LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
         launcher = "deepspeed" if "LOCAL_SIZE" in env else "torchrun"
         local_world_size = env.get("LOCAL_SIZE") or env.get("LOCAL_WORLD_SIZE") or "1"
-        return launcher, int(env["RANK"]), int(env["LOCAL_RANK"]), int(env["WORLD_SIZE"]), int(local_world_size)
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        rank, local_rank, world_size = (_number(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        return launcher, rank, local_rank, world_size, int(local_world_size)
+    if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:  # a step: started by srun, not by sbatch
         if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
             raise ConfigError(
                 "started by srun without MASTER_ADDR and MASTER_PORT: export them in the job script, for example "
                 "MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1) MASTER_PORT=29500"
             )
         tasks_here = int(env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_NTASKS_PER_NODE", "1")).split("(")[0])
-        return "slurm", int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_NTASKS"]), tasks_here
+        rank, local_rank, world_size = (_number(f"SLURM_{name}") for name in ("PROCID", "LOCALID", "NTASKS"))
+        return "slurm", rank, local_rank, world_size, tasks_here
     return "none", 0, 0, 1, 1
+
+
+def _number(name: str) -> int:
+    value = os.environ.get(name)
+    if value is None or not value.isdigit():
+        raise ConfigError(f"the launcher's environment variable {name} is {value!r}, expected a number")
+    return int(value)

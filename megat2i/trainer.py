@@ -1,5 +1,6 @@
 """Training: one optimizer step, validation, and the loop around them."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,12 @@ from megat2i.optim.engine import Engine
 from megat2i.optim.schedule import learning_rate
 from megat2i.pipeline import run_forward, run_schedule
 from megat2i.topology import ParallelGroups
+
+NON_FINITE_STEPS = 10  # in a row, after which a run has diverged for good
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on; the message says what to do."""
 
 
 def train_step(
@@ -94,12 +101,14 @@ def train(run: Run, first_step: int) -> None:
     bar = Progress(first_step, last_step) if leader else None
     flops = run.model.flops_per_token(run.config.data.sequence_length)
     peak = peak_flops(run.device)
+    non_finite = 0
     for step in range(first_step + 1, last_step + 1):
         started = time.perf_counter()
         lr = learning_rate(step - 1, run.config.optimizer, training)
         batches = run.data.micro_batches(step - 1)
         metrics, grad_norm = train_step(run.model, run.engine, batches, run.loss, run.groups, lr)
         seconds = time.perf_counter() - started
+        non_finite = 0 if math.isfinite(grad_norm) else non_finite + 1
         if leader:
             tokens_per_s = int(metrics.counts.sum()) / seconds
             entry = {"step": step, "lr": lr, **metrics.as_dict(), "grad_norm": grad_norm}
@@ -107,6 +116,11 @@ def train(run: Run, first_step: int) -> None:
             entry["mfu"] = tokens_per_s * flops / (peak * dist.get_world_size()) if peak else None
             log.write(entry)
             bar.update(entry)
+        if non_finite == NON_FINITE_STEPS:  # the same on all ranks: the norm is global
+            raise RunError(
+                f"the gradient was not finite for {non_finite} steps up to step {step}; all of them were skipped. "
+                "Start a new run with a lower optimizer.lr or more training.warmup_steps"
+            )
         _after_step(run, step, step == last_step, log)
     if leader:
         bar.close()
@@ -127,6 +141,8 @@ def _after_step(run: Run, step: int, last: bool, log: MetricsLog | None) -> None
     if training.sample_every and due(training.sample_every) and log:
         log.images(step, run.draw(), run.config.sampling.prompts)
     if last or due(training.checkpoint_every):
+        if log:
+            log.sync()  # a power cut must not leave a checkpoint that is ahead of the record
         checkpoint.save(run.checkpoints, step, run.engine, run.groups.layout(), training.keep_checkpoints)
 
 

@@ -101,6 +101,8 @@ def rewrite_manifest(path: Path, **changed) -> None:
 class FewTensors:
     """Stands for an engine of little state, split over ranks; ``step`` changes all of it."""
 
+    parameters = ("w",)
+
     def __init__(self, size: int = 300):
         share = size // dist.get_world_size()
         self.size, self.start, self.updates = size, share * dist.get_rank(), 0
@@ -209,7 +211,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
             checkpoint.load_engine(checkpoint.open_checkpoint(tmp_path / "step-3"), FewTensors(200))
         wider = FewTensors()
         wider.fragments = lambda: [Fragment("v", WEIGHT, (300,), 0, wider.values[WEIGHT])]
-        with pytest.raises(CheckpointError, match="holds 0 of the 300"):
+        with pytest.raises(CheckpointError, match="elements 0 to 300 of v"):
             checkpoint.load_engine(checkpoint.open_checkpoint(tmp_path / "step-3"), wider)
         rewrite_manifest(tmp_path / "step-3" / "manifest.json", format=2)
         with pytest.raises(CheckpointError, match="format 2"):
@@ -284,7 +286,7 @@ def test_kills_while_saving_never_cost_an_acknowledged_checkpoint(tmp_path):
         lines = []
         found = checkpoint.latest(folder, lines.append)
         assert found is not None and found.step >= promised and lines == []
-        for path in checkpoint._steps(folder)[:2]:  # a third one is on its way out
+        for path in checkpoint.committed(folder)[:2]:  # a third one is on its way out
             checkpoint.verify(checkpoint.open_checkpoint(path))
         return found.step
 

@@ -235,5 +235,5 @@ def test_a_damaged_newest_checkpoint_means_the_one_before(run_folder, run_config
 
 def test_a_run_without_checkpoints_is_one_clear_error(run_folder):
     shutil.rmtree(run_folder / "checkpoints")
-    with pytest.raises(ConfigError, match="no checkpoint"):
+    with pytest.raises(ConfigError, match="no sound checkpoint"):
         Sampler.from_run(run_folder, torch.device("cpu"), torch.float32)

@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/openmoji_demo.yaml"
 RUN = Path("runs/demo")
 DATA = Path("data/openmoji")
-# Picture size, patches and codebook of the demo; why these: the comments in the configuration.
+# Why these sizes: the comments in the configuration.
 TOKENIZERS = ("--train-text-tokenizer", "1024", "--image-tokenizer", "patch", "--image-size", "48")
-PATCHES = ("--patch-size", "6", "--codebook-size", "4096")
+PATCHES = ("--patch-size", "6", "--codebook-size", "6144")
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ as "no positions" (open_lm issue 4, xformers issue 841).
 """
 
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 
@@ -46,8 +47,16 @@ def load(path: str | Path, params: dict | None = None) -> GPT:
     Raises ValueError for parameters that are not supported or a state that does not fit them.
     """
     params = params or RELEASED_1B
-    file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    state = file.get("state_dict", file)
+    try:
+        file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path}: does not hold weights alone (an optimizer file, a damaged file?); nothing in it was run"
+        ) from error
+    state = file.get("state_dict", file) if isinstance(file, dict) else file
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        kind = "an optimizer file" if isinstance(file, dict) and "optimizer" in file else "something else"
+        raise ValueError(f"{path}: holds {kind}, not the weights of a model")
     state = {name.replace("module.", "").replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     state = {name: tensor for name, tensor in state.items() if not name.endswith("inv_freq")}
     rows = params["vocab_size"]

@@ -8,6 +8,7 @@ false`` makes one ``engine.step()`` the boundary (DeepSpeed >= 0.19.4). How ZeRO
 import contextlib
 import io
 import logging
+import os
 
 import deepspeed
 import torch
@@ -43,6 +44,7 @@ class DeepSpeedEngine:
             "bf16": {"enabled": bfloat16, "immediate_grad_update": bfloat16},
             "data_types": {"grad_accum_dtype": "fp32"},
         }
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; launchers set it, one process alone has 0
         with contextlib.redirect_stdout(io.StringIO()):  # memory figures that it prints whatever the log level
             self.engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings)
         self.loss_scale = float(groups.data_size)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
 KINDS = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
@@ -28,11 +28,13 @@ class Engine(Protocol):
     """Reduces gradients over data-parallel ranks, clips, updates and zeroes them.
 
     ``loss_scale``: the factor on each rank's share of the objective with which the reduced gradient is the gradient of
-    the whole objective. ``updates``: optimizer updates so far (Adam's step count).
+    the whole objective. ``updates``: optimizer updates so far (Adam's step count). ``parameters``: what is trained, by
+    global name.
     """
 
     loss_scale: float
     updates: int
+    parameters: dict[str, nn.Parameter]
 
     def step(self, lr: float) -> float:
         """One update at ``lr``; returns the global gradient norm before clipping. Non-finite norms change nothing."""

@@ -1,4 +1,4 @@
-"""k-means on uint8 vectors, reproducible bit for bit, for the codebook of PatchTokenizer.
+"""k-means on vectors of small integers, reproducible bit for bit, for the codebook of PatchTokenizer.
 
 Equal vectors are merged and weighted by their number: pictures repeat their plain patches thousands of times. Centres
 are k-means++ samples, improved by Lloyd's iterations; an empty centre restarts at the worst represented vector. During
@@ -7,11 +7,12 @@ results then depend neither on the machine nor on the number of threads.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
-CENTRE = 128.0  # subtracted from pixels: smaller products, so that larger patches stay exact
+LARGEST = 255  # magnitude of a component: sums of 258 products then stay exact in float32
 CHUNK = 1024  # vectors per matrix product: their scores stay in the cache
 ITERATIONS = 100
 TOLERANCE = 1e-4  # the least relative gain of an iteration; what remains then is below 0.01 dB
@@ -29,10 +30,13 @@ def nearest(vectors: torch.Tensor, centres: torch.Tensor) -> tuple[torch.Tensor,
     return index, vectors.square().sum(1) - 2 * best
 
 
-def weighted_kmeans(vectors: torch.Tensor, clusters: int, seed: int) -> torch.Tensor:
-    """Centres uint8 [clusters, d] of ``vectors`` uint8 [N, d], all different.
+def weighted_kmeans(
+    vectors: torch.Tensor, clusters: int, seed: int, settle: Callable[[torch.Tensor], torch.Tensor] = torch.round
+) -> torch.Tensor:
+    """Centres float32 [clusters, d] of ``vectors`` int16 [N, d] (magnitudes up to LARGEST), all different.
 
-    Raises ValueError where there are fewer distinct vectors than clusters.
+    ``settle`` moves float32 centres to values that may stand in the result (default: whole numbers); it must leave
+    every vector where it is. Raises ValueError where there are fewer distinct vectors than clusters.
     """
     points, weights = _distinct(vectors)
     if len(points) < clusters:
@@ -40,7 +44,7 @@ def weighted_kmeans(vectors: torch.Tensor, clusters: int, seed: int) -> torch.Te
         raise ValueError(f"{problem}: choose a smaller codebook or more images")
     generator = torch.Generator().manual_seed(seed)
     centres = _seed(points, weights, clusters, generator)
-    step = 2.0 ** max(0, math.floor(math.log2(2**24 / (CENTRE * CENTRE * points.shape[1]))))
+    step = 2.0 ** max(0, math.floor(math.log2(2**24 / (LARGEST * LARGEST * points.shape[1]))))
     last = math.inf
     for _ in range(ITERATIONS):
         index, errors = _assign(points, centres)
@@ -50,15 +54,15 @@ def weighted_kmeans(vectors: torch.Tensor, clusters: int, seed: int) -> torch.Te
         last = total
         centres = _means(points, weights, index, errors, clusters)
         centres = torch.round(centres * step) / step
-    return _round_apart(centres, points, weights)
+    return _settle_apart(centres, points, weights, settle)
 
 
 def _distinct(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(distinct vectors minus CENTRE, float32 [U, d]; how often each occurs, int64 [U]) in the order of their bytes."""
+    """(distinct vectors, float32 [U, d]; how often each occurs, int64 [U]) in the order of their bytes."""
     rows = np.ascontiguousarray(vectors.numpy())
-    unique, counts = np.unique(rows.view(np.dtype((np.void, rows.shape[1]))).ravel(), return_counts=True)
-    points = torch.from_numpy(unique.view(np.uint8).reshape(len(unique), -1).astype(np.float32))
-    return points - CENTRE, torch.from_numpy(counts)
+    unique, counts = np.unique(rows.view(np.dtype((np.void, rows[0].nbytes))).ravel(), return_counts=True)
+    points = torch.from_numpy(unique.view(rows.dtype).reshape(len(unique), -1).astype(np.float32))
+    return points, torch.from_numpy(counts)
 
 
 def _seed(points: torch.Tensor, weights: torch.Tensor, clusters: int, generator: torch.Generator) -> torch.Tensor:
@@ -100,14 +104,14 @@ def _means(points, weights, index, errors, clusters: int) -> torch.Tensor:
     return (sums / counts[:, None]).float()
 
 
-def _round_apart(centres: torch.Tensor, points: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Centres as uint8, all different: one that rounds to another's value moves to the worst represented vector."""
-    rounded = torch.round(centres)
+def _settle_apart(centres: torch.Tensor, points: torch.Tensor, weights: torch.Tensor, settle) -> torch.Tensor:
+    """Settled centres, all different: one that settles on another's value moves to the worst represented vector."""
+    settled = settle(centres)
     while True:
-        distinct, first = np.unique(rounded.numpy(), axis=0, return_index=True)
-        if len(distinct) == len(rounded):
-            return (rounded + CENTRE).clamp(0, 255).to(torch.uint8)
-        repeated = np.setdiff1d(np.arange(len(rounded)), first)
-        _, errors = _assign(points, rounded)
+        distinct, first = np.unique(settled.numpy(), axis=0, return_index=True)
+        if len(distinct) == len(settled):
+            return settled
+        repeated = np.setdiff1d(np.arange(len(settled)), first)
+        _, errors = _assign(points, settled)
         worst = torch.argsort(errors.double() * weights, descending=True, stable=True)[: len(repeated)]
-        rounded[torch.from_numpy(repeated)] = points[worst]
+        settled[torch.from_numpy(repeated)] = points[worst]

@@ -3,9 +3,11 @@
 The plainest image tokenizer there is: needs no training run, encodes hundreds of images a second on one CPU core, and
 its blocky pictures show exactly what the language model wrote.
 
-The codebook is uint8. Distances to it are then sums of products of small integers, which float32 computes without
-rounding for patches of up to 18 x 18 pixels, so the codes of an image are the same on every machine, with any number of
-threads and in any batch; and decoding an image's codes and encoding the result gives the codes back.
+Patches are compared by brightness and two differences of colours (YCoCg-R: Malvar and Sullivan 2003) instead of by RGB:
+a small codebook then gets the colours right first, which people notice most. The transform maps whole numbers to whole
+numbers and back. Distances are therefore sums of products of small integers, which float32 computes without rounding
+for patches of up to 9 x 9 pixels, so the codes of an image are the same on every machine, with any number of threads
+and in any batch; and decoding an image's codes and encoding the result gives the codes back.
 """
 
 import hashlib
@@ -14,7 +16,7 @@ from pathlib import Path
 import torch
 
 from megat2i.data.files import DataFileError
-from megat2i.tokenizers.kmeans import CENTRE, CHUNK, nearest, weighted_kmeans
+from megat2i.tokenizers.kmeans import CHUNK, nearest, weighted_kmeans
 from megat2i.tokenizers.tokenizer_file import REMEDY, read_tokenizer_file, tokenizer_file_content, write_tokenizer_file
 
 FIT_PATCHES = 1 << 19  # patches that the codebook is fitted on; more cost time and change little
@@ -37,7 +39,7 @@ class PatchTokenizer:
         self.codebook_size, self.patch_size = codes, patch
         self.grid = (image_size // patch, image_size // patch)
         self.sha256 = sha256 or hashlib.sha256(self._content()).hexdigest()
-        self._centres = codebook.reshape(codes, -1).float() - CENTRE
+        self._centres = _colours(codebook.reshape(codes, -1)).float()
 
     @classmethod
     def fit(cls, images: torch.Tensor, patch_size: int, codebook_size: int, seed: int = 0) -> "PatchTokenizer":
@@ -52,8 +54,8 @@ class PatchTokenizer:
         if len(patches) > FIT_PATCHES:
             chosen = torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed))[:FIT_PATCHES]
             patches = patches[chosen]
-        centres = weighted_kmeans(patches, codebook_size, seed)
-        return cls(centres.reshape(codebook_size, 3, patch_size, patch_size), side)
+        centres = weighted_kmeans(_colours(patches), codebook_size, seed, lambda x: _colours(_pixels(x)).float())
+        return cls(_pixels(centres).reshape(codebook_size, 3, patch_size, patch_size), side)
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Codes int64 [B, rows * columns] of ``images`` uint8 [B, 3, H, W]: the nearest patch, the first of equals."""
@@ -61,7 +63,7 @@ class PatchTokenizer:
         if images.dtype != torch.uint8 or height % patch or width % patch:
             problem = f"{images.dtype} [{height} x {width}]"
             raise ValueError(f"expected uint8 images whose sides are multiples of {patch} pixels, got {problem}")
-        codes = [nearest(part.float() - CENTRE, self._centres)[0] for part in _cut(images, patch).split(CHUNK)]
+        codes = [nearest(_colours(part).float(), self._centres)[0] for part in _cut(images, patch).split(CHUNK)]
         return torch.cat(codes).reshape(len(images), -1)
 
     def decode(self, codes: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
@@ -107,3 +109,20 @@ def _cut(images: torch.Tensor, patch: int) -> torch.Tensor:
     batch, channels, height, width = images.shape
     blocks = images.reshape(batch, channels, height // patch, patch, width // patch, patch)
     return blocks.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * patch * patch)
+
+
+def _colours(patches: torch.Tensor) -> torch.Tensor:
+    """Patches uint8 [N, 3 * p * p] as int16 of the same shape: Y - 128, Co and Cg of every pixel."""
+    red, green, blue = patches.to(torch.int16).chunk(3, dim=1)
+    orange = red - blue
+    middle = blue + (orange >> 1)
+    emerald = green - middle
+    return torch.cat((middle + (emerald >> 1) - 128, orange, emerald), dim=1)
+
+
+def _pixels(colours: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``_colours`` for its values, rounded, as uint8; what is no pixel becomes the nearest one."""
+    light, orange, emerald = colours.round().to(torch.int16).chunk(3, dim=1)
+    middle = light + 128 - (emerald >> 1)
+    blue = middle - (orange >> 1)
+    return torch.cat((blue + orange, emerald + middle, blue), dim=1).clamp(0, 255).to(torch.uint8)

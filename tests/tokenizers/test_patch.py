@@ -8,7 +8,8 @@ import torch
 
 from megat2i.data.files import DataFileError
 from megat2i.tokenizers.image import load_image_tokenizer
-from megat2i.tokenizers.patch import PatchTokenizer
+from megat2i.tokenizers.kmeans import LARGEST
+from megat2i.tokenizers.patch import PatchTokenizer, _colours, _pixels
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +25,30 @@ def tokenizer(images):
     return PatchTokenizer.fit(images, patch_size=4, codebook_size=64)
 
 
+def ycocg(patches):
+    """Brightness and colour differences of [N, 3, p, p], by YCoCg-R's definition."""
+    red, green, blue = patches.double().unbind(1)
+    orange = red - blue
+    middle = blue + (orange / 2).floor()
+    emerald = green - middle
+    return torch.stack((middle + (emerald / 2).floor(), orange, emerald), 1)
+
+
+def test_the_colour_transform_loses_nothing_and_stays_in_its_bounds():
+    levels = torch.tensor([0, 1, 2, 3, 100, 127, 128, 129, 254, 255])
+    pixels = torch.cartesian_prod(levels, levels, levels).to(torch.uint8)
+    colours = _colours(pixels)
+    assert torch.equal(_pixels(colours.float()), pixels)
+    assert len(colours.unique(dim=0)) == len(pixels) and colours.abs().max() <= LARGEST
+    assert torch.equal(colours.double() + torch.tensor([128, 0, 0]), ycocg(pixels[:, :, None, None])[:, :, 0, 0])
+
+
 def test_codes_name_the_nearest_patch(tokenizer, images):
     codes = tokenizer.encode(images)
     assert codes.shape == (40, 16) and codes.dtype == torch.int64
     assert (tokenizer.grid, tokenizer.codebook_size) == ((4, 4), 64)
     patch = images[5, :, 4:8, 8:12].double()  # row 1, column 2
-    distances = (tokenizer.codebook.double() - patch).square().sum((1, 2, 3))
+    distances = (ycocg(tokenizer.codebook) - ycocg(patch[None])).square().sum((1, 2, 3))
     assert distances[codes[5, 1 * 4 + 2]] == distances.min()
 
 
