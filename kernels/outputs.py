@@ -11,5 +11,5 @@ class TokenLosses(NamedTuple):
     loss: Tensor  # token_weight * (nll + z_loss * lse^2); the only field that carries gradients
     nll: Tensor  # negative log-likelihood of the target, nats
     lse: Tensor  # log of the sum of exponentials of the logits
-    correct: Tensor  # 1 where the target has the largest logit
+    correct: Tensor  # 1 where no logit is larger than the target's
     off_range_mass: Tensor  # probability given to ids of other modalities than the target's

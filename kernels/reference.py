@@ -45,7 +45,7 @@ def linear_cross_entropy(
         loss=torch.where(live, loss, zero),
         nll=torch.where(live, nll, zero).detach(),
         lse=torch.where(live, lse, zero).detach(),
-        correct=torch.where(live, (logits.argmax(dim=-1) == safe_targets).to(nll.dtype), zero).detach(),
+        correct=torch.where(live, (nll <= lse - logits.amax(dim=-1)).to(nll.dtype), zero).detach(),
         off_range_mass=torch.where(live, off_range_mass, zero).detach(),
     )
 

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -66,9 +66,9 @@ class Data:
     ``captions``: for every training dataset its number of rows and of captions that do not fit a row.
     """
 
-    captions: dict[str, tuple[int, int]]
     micro_batches: Callable[[int], list[Batch]]
     validation: list[Batch]
+    captions: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

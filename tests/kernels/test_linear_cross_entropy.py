@@ -265,7 +265,7 @@ HIDDEN, WEIGHT, TARGETS = make_case()
         {"ranges": ((0, ROWS + 1),)},
         {"ranges": ((3, 3),)},
         {"mode": "sampled"},
-        {"blocks": ((0, 48), (48, 96))},
+        {"blocks": ((0, 48), (48, 95))},
         {"implementation": "quick"},
     ],
     ids=str,
