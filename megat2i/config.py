@@ -27,8 +27,8 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class VocabConfig:
-    text_tokens: int = 50_277  # entries of the text tokenizer
-    image_codes: int = 16_384  # entries of the image codebook
+    text_tokens: int | None = None  # entries of the text tokenizer; None: as the first dataset's manifest says
+    image_codes: int | None = None  # entries of the image codebook; likewise
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,10 @@ class Config:
 
     @property
     def vocab_layout(self) -> VocabLayout:
+        """Raises ConfigError where the sizes were not given and no manifest supplied them."""
+        for key in ("text_tokens", "image_codes"):
+            if getattr(self.vocab, key) is None:
+                raise ConfigError(f"vocab.{key} is not set, and no manifest of data.train says it")
         return VocabLayout(self.vocab.text_tokens, self.vocab.image_codes)
 
     def check(self) -> None:

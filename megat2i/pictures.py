@@ -52,5 +52,8 @@ def save_png(image: Image.Image, path: Path) -> None:
     """Write ``image`` so that ``path`` is never seen half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = PendingFile(path)
-    image.save(file, format="PNG")
-    commit([file])
+    try:
+        image.save(file, format="PNG")
+        commit([file])
+    finally:
+        file.discard()

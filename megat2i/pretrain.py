@@ -37,6 +37,7 @@ Providers = tuple[
 
 def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
     """Train to the end of the schedule or to ``training.stop_at``; collective over all ranks of the launch."""
+    settings = _with_vocabulary(settings)
     backend = Backend.resolve(settings)
     config.validate(settings, backend.world_size)
     run_dir = Path(settings.run.dir)
@@ -67,6 +68,18 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
         train(run, first_step)
     finally:
         dist.destroy_process_group()
+
+
+def _with_vocabulary(settings: Config) -> Config:
+    """The settings with the vocabulary sizes that were left to the manifest of the first dataset."""
+    manifest = Manifest.read(settings.data.train[0].prefix) if settings.data.train else None
+    text, image = (manifest.text, manifest.image) if manifest else (None, None)
+    vocab = settings.vocab
+    if vocab.text_tokens is None and text:
+        vocab = dataclasses.replace(vocab, text_tokens=text.vocab_size)
+    if vocab.image_codes is None and image:
+        vocab = dataclasses.replace(vocab, image_codes=image.codebook_size)
+    return dataclasses.replace(settings, vocab=vocab)
 
 
 def _engine(model: GPT, settings: Config, backend: Backend, groups: ParallelGroups) -> Engine:

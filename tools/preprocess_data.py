@@ -109,8 +109,9 @@ def prepare_tokenizers(args: argparse.Namespace, parts: list[Part]) -> Encoding:
 def describe(summary: Summary, prefix: Path) -> str:
     manifest = summary.manifest
     return (
-        f"{prefix}: {manifest.documents:,} captioned images, {manifest.tokens.text:,} text ids, "
-        f"{manifest.tokens.image:,} image codes, {manifest.dtype}; {summary.refused:,} samples refused"
+        f"{prefix}: {manifest.documents:,} captioned images, {manifest.tokens.text:,} text ids of "
+        f"{manifest.text.vocab_size:,}, {manifest.tokens.image:,} image codes of {manifest.image.codebook_size:,}, "
+        f"{manifest.dtype}; {summary.refused:,} samples refused"
         + (f", listed in {summary.ledger}" if summary.refused else "")
     )
 
