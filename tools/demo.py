@@ -55,7 +55,7 @@ def train() -> None:
     command = ["deepspeed", "--num_accelerators", "1", "pretrain_t2i.py", "--config", CONFIG]
     if not (torch.cuda.is_available() or fast_bfloat16()):
         print("This processor has no bfloat16 arithmetic: training in float32, with fewer steps.")
-        command += ["runtime.dtype=float32", "training.steps=1200"]
+        command += ["runtime.dtype=float32", "training.steps=1600"]
     if (RUN / "config.yaml").exists():
         command.append("--resume")
     run("Training", *command)

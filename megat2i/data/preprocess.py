@@ -218,8 +218,9 @@ def _run_workers(jobs, encoding, workers: int, progress: _Progress) -> Iterator[
         except BrokenProcessPool as error:
             remedy = "Often its memory ran out: use fewer --workers. The same command goes on where it was"
             raise DataFileError(jobs[0][1].parent, "a worker process was killed", remedy) from error
-        finally:
+        except BaseException:  # an interruption too: do not wait for the parts that are under way
             pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 _done_samples = None  # in a worker: the shared number of samples done by all
