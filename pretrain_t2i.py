@@ -12,7 +12,7 @@ from megat2i.checkpoint import CheckpointError
 from megat2i.config import Config, ConfigError, load
 from megat2i.data.batches import TrainingData, evaluation_batches
 from megat2i.data.files import DataFileError
-from megat2i.data.t2i_dataset import T2IDataset
+from megat2i.data.t2i_dataset import T2IDataset, require_same_tokenizers
 from megat2i.kernels import choose_ops
 from megat2i.loss import ModalityLoss
 from megat2i.model.gpt import GPT
@@ -38,10 +38,12 @@ def data_provider(config: Config, backend: Backend, groups: ParallelGroups) -> D
         T2IDataset, vocab=config.vocab_layout, sequence_length=data.sequence_length, mode=data.mode, seed=data.seed
     )
     sources = [(dataset(d.prefix, caption_dropout=data.caption_dropout), d.weight) for d in data.train]
+    require_same_tokenizers([d for d, _ in sources])
     train = TrainingData(sources, data.seed, training.global_batch_size)
     validation = []
     if data.valid:
         held_out = dataset(data.valid)
+        require_same_tokenizers([d for d, _ in sources] + [held_out])
         validation = list(evaluation_batches(held_out, **rank, rows=min(training.evaluate_samples, len(held_out))))
     return Data(
         captions={str(d.store.prefix): (len(d), d.cut_captions) for d, _ in sources},

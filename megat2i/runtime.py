@@ -45,13 +45,14 @@ class Backend:
         if wanted == "cuda" and not torch.cuda.is_available():
             raise ConfigError("runtime.device=cuda, but this PyTorch sees no CUDA device; use runtime.device=cpu")
         cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-        if cuda and local_rank >= torch.cuda.device_count():
+        device_index = 0 if torch.cuda.device_count() == 1 else local_rank  # 1: the launcher shows each rank its own
+        if cuda and device_index >= torch.cuda.device_count():
             raise ConfigError(
                 f"rank {rank} is number {local_rank} here, where there are {torch.cuda.device_count()} CUDA devices: "
                 "start as many processes as devices"
             )
         return Backend(
-            device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
+            device=torch.device("cuda", device_index) if cuda else torch.device("cpu"),
             dtype=DTYPES[config.runtime.dtype],
             communication="nccl" if cuda else "gloo",
             engine=config.optimizer.engine or ("deepspeed" if launcher == "deepspeed" else "torch"),
@@ -69,7 +70,8 @@ class Backend:
             torch.cuda.set_device(self.device)
         else:
             if "OMP_NUM_THREADS" not in os.environ:  # else every rank would start a thread per core
-                torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world_size))
+                cores = len(os.sched_getaffinity(0))  # what a container or a batch system leaves to this process
+                torch.set_num_threads(max(1, cores // self.local_world_size))
             # Subnormal numbers are many times slower on CPUs, and GPUs flush them too.
             torch.set_flush_denormal(True)
             _keep_freed_memory()
@@ -122,6 +124,11 @@ def _launched_as() -> tuple[str, int, int, int, int]:
         tasks_here = int(env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_NTASKS_PER_NODE", "1")).split("(")[0])
         rank, local_rank, world_size = (_number(f"SLURM_{name}") for name in ("PROCID", "LOCALID", "NTASKS"))
         return "slurm", rank, local_rank, world_size, tasks_here
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if int(env.get(name, "1")) > 1:
+            raise ConfigError(
+                f"started by MPI ({name}={env[name]}), which sets no RANK: use deepspeed, torchrun or srun"
+            )
     return "none", 0, 0, 1, 1
 
 

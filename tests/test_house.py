@@ -16,7 +16,7 @@ FLOORS = (
     {"model", "loss"},
     {"optim", "pipeline", "checkpoint"},
     {"trainer", "metrics", "generate", "evaluate", "experiments", "pictures"},
-    {"pretrain", "pretrain_t2i", "tools"},
+    {"pretrain", "run_folder", "pretrain_t2i", "tools"},
 )
 PRODUCT = sorted(
     [

@@ -54,7 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--patch-size", type=int, help="with patch: side of a patch in pixels (default 4)")
     parser.add_argument("--codebook-size", type=int, help="with patch: number of codes (default 512)")
     parser.add_argument("--crop", choices=CROPS, default="center", help="how images become square (default center)")
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0))  # those that this process may use
     parser.add_argument("--workers", type=int, default=cores, help=f"processes (default: one per core, here {cores})")
     parser.add_argument("--split", choices=SPLITS, default="train", help="of openmoji (default train)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset and its tokenizers")
@@ -89,11 +89,7 @@ def prepare_tokenizers(args: argparse.Namespace, parts: list[Part]) -> Encoding:
     folder = args.output_prefix.parent
     folder.mkdir(parents=True, exist_ok=True)
     text, image = args.text_tokenizer, Path(args.image_tokenizer)
-    if text is None:
-        text = folder / "text_tokenizer.json"
-        print(f"training the text tokenizer {text}", flush=True)
-        fit_text_tokenizer(parts, args.train_text_tokenizer, text, args.overwrite)
-    if args.image_tokenizer == "patch":
+    if args.image_tokenizer == "patch":  # first: it is the one that can fail, and then nothing was replaced
         image = folder / "image_tokenizer.safetensors"
         print(f"fitting the image tokenizer {image}", flush=True)
         sizes = (args.image_size, args.patch_size, args.codebook_size)
@@ -103,6 +99,10 @@ def prepare_tokenizers(args: argparse.Namespace, parts: list[Part]) -> Encoding:
             f"made for images of {load_image_tokenizer(image).image_size} pixels, not --image-size {args.image_size}"
         )
         raise DataFileError(image, problem, "Leave --image-size out")
+    if text is None:
+        text = folder / "text_tokenizer.json"
+        print(f"training the text tokenizer {text}", flush=True)
+        fit_text_tokenizer(parts, args.train_text_tokenizer, text, args.overwrite)
     return Encoding(text, image, args.crop)
 
 

@@ -52,7 +52,7 @@ def fit_image_tokenizer(
     try:
         tokenizer = PatchTokenizer.fit(torch.stack(images), patch_size, codebook_size)
     except ValueError as error:
-        raise DataFileError(path, f"cannot be fitted: {error}", "Nothing was written") from error
+        raise DataFileError(path, f"cannot be fitted: {error}", "No tokenizer was written or changed") from error
     _publish(path, overwrite, tokenizer.save)
 
 

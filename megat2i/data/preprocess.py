@@ -45,8 +45,8 @@ class Summary:
 def preprocess(parts: Sequence[Part], prefix: Path, encoding: Encoding, workers: int, overwrite: bool) -> Summary:
     """Write the dataset ``prefix`` from ``parts`` with ``workers`` processes.
 
-    An existing dataset is replaced only with ``overwrite``, and stays whole until the new one is there. Raises
-    DataFileError: for an existing dataset, another run on the same prefix, or inputs in which nothing is readable.
+    An existing dataset is replaced only with ``overwrite``, and its files stay whole until the new ones are there.
+    Raises DataFileError: for an existing dataset, another run on the same prefix, or inputs with nothing readable.
     """
     check_output(prefix, overwrite)
     folder = store_path(prefix, ".parts")
@@ -84,9 +84,11 @@ def check_output(prefix: Path, overwrite: bool) -> None:
         return
     manifest = store_path(prefix, ".json")
     if manifest.exists():
-        raise DataFileError(
-            manifest, "there is a complete dataset", "Pass --overwrite to replace it, or another prefix"
-        )
+        folder = store_path(prefix, ".parts")
+        remedy = "Pass --overwrite to replace it, or another prefix"
+        if folder.exists():
+            remedy += f"; {folder.name}, left by an interrupted run, is only needed to go on with --overwrite"
+        raise DataFileError(manifest, "there is a complete dataset", remedy)
     index = store_path(prefix, ".idx")
     if index.exists() and not store_path(prefix, ".parts").exists():
         raise DataFileError(
@@ -136,7 +138,8 @@ def _whole_manifest(
     samples = dict.fromkeys((part.source for part in parts), 0)
     for part, manifest in zip(parts, manifests, strict=True):
         samples[part.source] += manifest.documents
-    home = prefix.parent
+    # The real paths: where the folder is a link, ".." leads from what it points to.
+    home = os.path.realpath(prefix.parent)
     return replace(
         manifests[0],
         documents=sum(manifest.documents for manifest in manifests),
@@ -146,13 +149,13 @@ def _whole_manifest(
             manifests[0].text,
             min_id=extreme(min, "text", "min_id"),
             max_id=extreme(max, "text", "max_id"),
-            tokenizer=os.path.relpath(encoding.text_tokenizer, home),
+            tokenizer=os.path.relpath(os.path.realpath(encoding.text_tokenizer), home),
         ),
         image=replace(
             manifests[0].image,
             min_code=extreme(min, "image", "min_code"),
             max_code=extreme(max, "image", "max_code"),
-            tokenizer=os.path.relpath(encoding.image_tokenizer, home),
+            tokenizer=os.path.relpath(os.path.realpath(encoding.image_tokenizer), home),
         ),
         sources=tuple(
             Source(Path(os.path.abspath(source)).name, number, size=source_bytes(source))

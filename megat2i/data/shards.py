@@ -46,6 +46,9 @@ class TarPart:
                     continue
                 path = PurePosixPath(member.name)
                 stem, _, ending = path.name.partition(".")
+                if not stem:  # .DS_Store, ._0001.jpg: what a file manager left
+                    yield Refused(member.name, "a hidden file")
+                    continue
                 member_key, ending = str(path.with_name(stem)), "." + ending.lower()
                 if member_key != key or ending in group:
                     if group:

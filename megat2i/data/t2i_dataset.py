@@ -39,6 +39,28 @@ class Row:
     text_cut: int
 
 
+def require_same_tokenizers(datasets: list["T2IDataset"]) -> None:
+    """Raise DataFileError where ids of two datasets mean different things, as far as their manifests say."""
+    first: dict[str, tuple[T2IDataset, tuple]] = {}
+    for dataset in datasets:
+        manifest = dataset.store.manifest
+        if manifest is None:
+            continue
+        meanings = {}
+        if manifest.text and TEXT in dataset.modalities:
+            meanings["text tokenizer"] = (manifest.text.sha256,)
+        if manifest.image and IMAGE in dataset.modalities:
+            meanings["image tokenizer, grid or crop"] = (
+                manifest.image.sha256, manifest.image.grid, manifest.image.crop
+            )  # fmt: skip
+        for what, meaning in meanings.items():
+            other, expected = first.setdefault(what, (dataset, meaning))
+            if meaning != expected:
+                path = store_path(dataset.store.prefix, ".json")
+                problem = f"its {what} differs from that of {other.store.prefix}: the same ids mean something else"
+                raise DataFileError(path, problem, "Make all datasets of a run with the same tokenizers and crop")
+
+
 class T2IDataset:
     """The rows of a token store; ``len()`` is their number.
 
@@ -76,7 +98,7 @@ class T2IDataset:
             for part in LAYOUTS[mode]
         ]
         self._specials = sum(len(part) for part in LAYOUTS[mode] if not isinstance(part, int))
-        self._modalities = [part for part in LAYOUTS[mode] if isinstance(part, int)]
+        self.modalities = [part for part in LAYOUTS[mode] if isinstance(part, int)]
         # Of each modality: one past its largest raw id, and what turns a raw id into one of the unified vocabulary.
         self._limit = {TEXT: vocab.text_tokens, IMAGE: vocab.image_codes}
         self._shift = {TEXT: 0, IMAGE: vocab.image_start}
@@ -98,10 +120,10 @@ class T2IDataset:
     @property
     def cut_captions(self) -> int:
         """How many captions are longer than a row has room for and lose their end."""
-        if not self._pattern or TEXT not in self._modalities:
+        if not self._pattern or TEXT not in self.modalities:
             return 0
         lengths = self.store.lengths[self._pattern.index(TEXT) :: len(self._pattern)].astype(np.int64)
-        if IMAGE in self._modalities:
+        if IMAGE in self.modalities:
             lengths += self.store.lengths[self._pattern.index(IMAGE) :: len(self._pattern)]
         return int((lengths + self._specials > self.sequence_length).sum())
 
@@ -128,7 +150,7 @@ class T2IDataset:
             return 0
         first = sample * len(self._pattern)
         raw = {}
-        for kind in self._modalities:
+        for kind in self.modalities:
             sequence = first + self._pattern.index(kind)
             raw[kind] = self._check_ids(self.store.view(sequence), kind, "sequence", sequence)
         text_cut = 0
@@ -188,7 +210,8 @@ class T2IDataset:
         ):
             if content is not None and getattr(content, field) != expected:
                 problem = f"{field} is {getattr(content, field)}, vocab.{key} of this run is {expected}"
-                raise DataFileError(path, problem, "Use the tokenizer that the store was made with")
+                remedy = f"Leave vocab.{key} out, or use the store of the tokenizer that it belongs to"
+                raise DataFileError(path, problem, remedy)
 
     def _check_documents(self) -> tuple[int, ...]:
         """The modes of the sequences of a document, the same for all documents; () for a store without modes."""
@@ -207,8 +230,8 @@ class T2IDataset:
             self._refuse(
                 f"document 0 has sequences of modes {pattern}", "Expected one text (0), one image (1), or both"
             )
-        if not set(self._modalities) <= set(pattern):
-            problem = f"its documents have sequences of modes {pattern}, {self.mode} needs {tuple(self._modalities)}"
+        if not set(self.modalities) <= set(pattern):
+            problem = f"its documents have sequences of modes {pattern}, {self.mode} needs {tuple(self.modalities)}"
             self._refuse(problem, "Use another data.mode or another store")
         for start in range(0, store.number_of_documents, CHECK_DOCUMENTS):
             stop = min(start + CHECK_DOCUMENTS, store.number_of_documents)
@@ -223,7 +246,7 @@ class T2IDataset:
 
     def _check_images(self) -> None:
         """Every image sequence that a row holds has codes, fits it and, with a manifest, fills the grid."""
-        if IMAGE not in self._modalities:
+        if IMAGE not in self.modalities:
             return
         lengths = self.store.lengths[self._pattern.index(IMAGE) :: len(self._pattern)]
         shortest, longest = int(lengths.min()), int(lengths.max())

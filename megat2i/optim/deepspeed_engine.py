@@ -22,7 +22,14 @@ from megat2i.topology import ParallelGroups
 class DeepSpeedEngine:
     """ZeRO-1 AdamW. DeepSpeed averages gradients over data-parallel ranks, hence ``loss_scale`` = their number."""
 
-    def __init__(self, model: nn.Module, optimizer: OptimizerConfig, training: TrainingConfig, groups: ParallelGroups):
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerConfig,
+        training: TrainingConfig,
+        groups: ParallelGroups,
+        local_rank: int = 0,
+    ):
         deepspeed.utils.logger.setLevel(logging.WARNING)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         bfloat16 = next(iter(parameters.values())).dtype == torch.bfloat16
@@ -44,7 +51,8 @@ class DeepSpeedEngine:
             "bf16": {"enabled": bfloat16, "immediate_grad_update": bfloat16},
             "data_types": {"grad_accum_dtype": "fp32"},
         }
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; launchers set it, one process alone has 0
+        # DeepSpeed insists on the variable, which srun and a process without a launcher do not set.
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
         with contextlib.redirect_stdout(io.StringIO()):  # memory figures that it prints whatever the log level
             self.engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings)
         self.loss_scale = float(groups.data_size)

@@ -1,0 +1,129 @@
+"""What a run writes about itself: configuration, environment, identity of its data, copies of its tokenizers."""
+
+import dataclasses
+import hashlib
+import json
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from megat2i import config
+from megat2i.config import Config
+from megat2i.data.files import DataFileError, PendingFile, commit, store_path
+from megat2i.data.manifest import Manifest
+from megat2i.trainer import RunError
+
+CONFIG, ENVIRONMENT, DATA = "config.yaml", "environment.json", "data.json"
+
+
+def check(run_dir: Path, settings: Config, resume: bool) -> None:
+    """Nothing that a run wrote is overwritten, and a resumed run is the same run on the same data; raises RunError."""
+    if not resume:
+        if (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists():
+            raise RunError(f"{run_dir} holds a run already: continue it with --resume, or choose another run.dir")
+        return
+    if not (run_dir / CONFIG).exists():
+        raise RunError(f"{run_dir / CONFIG} does not exist: there is no run to resume; start without --resume")
+    changes = config.changed_identity(config.load(run_dir / CONFIG), settings)
+    saved, present = json.loads((run_dir / DATA).read_text()), _data_identity(settings)
+    changes += [f"the content of {prefix}" for prefix in saved if saved[prefix] != present.get(prefix, saved[prefix])]
+    if changes:
+        raise RunError(
+            f"{run_dir} was started otherwise, so --resume would not continue it: {'; '.join(changes)}. Give the "
+            "settings and data of the run, or start a new one: choose another run.dir, or remove this one"
+        )
+
+
+def write(run_dir: Path, settings: Config, engine: str, environment: dict) -> None:
+    """``config.yaml`` (resolved), ``data.json``, the tokenizers, and one more entry in ``environment.json``.
+
+    ``environment.json`` describes this launch; its ``earlier`` lists the launches before it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _copy_tokenizers(run_dir, settings)
+    before = json.loads((run_dir / ENVIRONMENT).read_text()) if (run_dir / ENVIRONMENT).exists() else None
+    earlier = [*before.pop("earlier"), before] if before else []
+    environment = environment | {
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("megat2i", "torch", "deepspeed", "triton", "numpy")},
+        "earlier": earlier,
+    }
+    resolved = dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, engine=engine))
+    files = []
+    for name, text in (
+        (CONFIG, config.to_yaml(resolved)),
+        (DATA, json.dumps(_data_identity(settings), indent=1) + "\n"),
+        (ENVIRONMENT, json.dumps(environment, indent=1) + "\n"),
+    ):
+        files.append(PendingFile(run_dir / name))
+        files[-1].write(text.encode())
+    commit(files)
+
+
+def _data_identity(settings: Config) -> dict[str, dict[str, str]]:
+    """Digests of every dataset: of its index, and of its tokens where a manifest lists them."""
+    prefixes = [dataset.prefix for dataset in settings.data.train]
+    prefixes += [settings.data.valid] if settings.data.valid else []
+    identity = {}
+    for prefix in prefixes:
+        manifest = Manifest.read(prefix)
+        if manifest:
+            blocks = hashlib.sha256("".join(manifest.bin_blocks.sha256).encode()).hexdigest()
+            identity[prefix] = {"index": manifest.index_sha256, "tokens": blocks}
+        else:
+            identity[prefix] = {"index": _file_sha256(store_path(prefix, ".idx"))}
+    return identity
+
+
+def _file_sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataFileError(path, f"cannot be read: {error.strerror}", "Check data.train and data.valid") from error
+
+
+def _copy_tokenizers(run_dir: Path, settings: Config) -> None:
+    """Keep the tokenizers of the data with the run, so that it can be sampled wherever it is moved.
+
+    On a resume they are there already, and the same: ``check`` compared the data.
+    """
+    prefix = settings.data.train[0].prefix
+    manifest = Manifest.read(prefix)
+    for name in ("text", "image") if manifest else ():
+        content = getattr(manifest, name)
+        if content is None:
+            continue
+        source = Path(prefix).parent / content.tokenizer
+        if not source.is_file():
+            raise DataFileError(source, f"the {name} tokenizer of {prefix} is missing", "Put it back beside the data")
+        data = source.read_bytes()
+        if hashlib.sha256(data).hexdigest() != content.sha256:
+            raise DataFileError(source, f"is not the {name} tokenizer that wrote {prefix}", "Restore the original file")
+        target = run_dir / "tokenizers" / name / source.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = PendingFile(target)
+        file.write(data)
+        commit([file])
+
+
+def _git_commit() -> str | None:
+    """Commit of the source tree, with "+changes" where it was edited; None outside a checkout."""
+    source = Path(__file__).resolve().parent
+    try:
+        commit_id = subprocess.check_output(
+            ["git", "rev-parse", "HEAD"], cwd=source, text=True, stderr=subprocess.DEVNULL
+        )
+        changes = subprocess.check_output(["git", "status", "--porcelain"], cwd=source, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit_id.strip() + ("+changes" if changes.strip() else "")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
