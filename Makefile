@@ -33,6 +33,11 @@ test-full: env lint
 test-gpu: env
 	$(BIN)/python -m pytest -m gpu
 
+bench: env
+	$(BIN)/python benchmarks/bench_dataset.py
+	$(BIN)/python benchmarks/bench_preprocess.py
+	$(BIN)/python benchmarks/bench_training.py
+
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""The loss head: output projection and cross-entropy in one op that never holds the [N, V] logits.
+"""The loss head: output projection and cross-entropy in one op that holds a chunk of the [N, V] logits at most.
 
 ``linear_cross_entropy`` walks over chunks of tokens. The forward pass keeps two numbers a token; the backward pass
 recomputes a chunk's logits and turns them into gradients in place. That costs four matrix products instead of three,

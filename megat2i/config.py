@@ -285,7 +285,7 @@ def _validate_data(config: Config) -> None:
             f"training.sample_every with data.mode={data.mode} and sampling.prompts={list(sampling.prompts)}: "
             "text_to_image needs prompts, image_only takes empty ones, text_only draws no images"
         )
-    if sampling.guidance > 1 and data.caption_dropout == 0:
+    if sampling.guidance != 1 and data.caption_dropout == 0:
         raise ConfigError(
             f"sampling.guidance={sampling.guidance} needs a model that saw empty captions: "
             "set data.caption_dropout above 0 or sampling.guidance=1"

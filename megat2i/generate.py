@@ -2,7 +2,8 @@
 
 Every shape is fixed by the run and the batch size, never by the prompts: prompts are padded on the left to the longest
 one that training knows, short batches are filled up, and each image draws from its own seed. So an image depends on its
-prompt, its seed and the settings, not on what else is in the batch.
+prompt, its seed and the settings (batch size and dtype among them: they decide the rounding), not on what else is in
+the batch.
 """
 
 import dataclasses
@@ -38,8 +39,10 @@ class Sampler:
 
     @staticmethod
     def from_run(run_dir: Path, device: torch.device, dtype: torch.dtype) -> tuple["Sampler", Config]:
-        """The newest verified checkpoint of a run folder; raises ConfigError where the folder holds none."""
+        """The newest sound checkpoint of a run folder; raises ConfigError where the folder holds none."""
         settings = config.load(run_dir / "config.yaml")
+        if settings.data.mode == "text_only":
+            raise ConfigError(f"{run_dir}: trained with data.mode=text_only; it has never seen an image")
         # Where the run is now, which need not be where it was trained.
         settings = dataclasses.replace(settings, run=dataclasses.replace(settings.run, dir=str(run_dir)))
         found = checkpoint.latest_here(run_dir / "checkpoints")

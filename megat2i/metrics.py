@@ -15,12 +15,19 @@ from megat2i.data.files import PendingFile, commit
 from megat2i.vocab import MODALITIES
 
 # Dense bfloat16 peak in FLOP/s by the vendor's data sheets, matched on the device's name.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12}
+PEAK_FLOPS = {  # the first key that is part of the name counts
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+}
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Peak bfloat16 FLOP/s of one device; None where it is not known (all CPUs)."""
-    if device.type != "cuda":
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Peak FLOP/s of one device in ``dtype``; None where it is not known (CPUs, and everything but bfloat16)."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
@@ -39,7 +46,10 @@ class StepMetrics:
     weights: tuple[float, float, float]
 
     def as_dict(self) -> dict[str, float | int | None]:
-        """``loss`` is the unweighted mean over all positions; a modality without positions reports null."""
+        """``loss`` is the unweighted mean over all positions; a modality without positions reports null.
+
+        ``objective``, where the weights differ, is their weighted mean; neither includes the z-loss.
+        """
         nll, counts = self.nll.tolist(), self.counts.tolist()
         result: dict[str, float | int | None] = {"loss": sum(nll) / sum(counts)}
         if len(set(self.weights)) > 1:

@@ -97,4 +97,4 @@ def _engine(model: GPT, settings: Config, backend: Backend, groups: ParallelGrou
 def _drawer(settings: Config, model: GPT) -> Callable[[], np.ndarray]:
     """Draws the configured prompts with the model as it is, always from the same seeds."""
     sampler, prompts = Sampler.for_model(settings, model), settings.sampling.prompts
-    return lambda: sampler.images(prompts, [0] * len(prompts), settings.sampling, batch_size=len(prompts))
+    return lambda: sampler.images(prompts, [0] * len(prompts), settings.sampling)

@@ -18,7 +18,11 @@ CONFIG, ENVIRONMENT, DATA = "config.yaml", "environment.json", "data.json"
 
 
 def check(run_dir: Path, settings: Config, resume: bool) -> None:
-    """Nothing that a run wrote is overwritten, and a resumed run is the same run on the same data; raises RunError."""
+    """Nothing that a run wrote is overwritten, and a resumed run is the same run on the same data; raises RunError.
+
+    Run by every rank before the process group starts, so that all of them stop at the same problem.
+    """
+    _tokenizers(settings)
     if not resume:
         if (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists():
             raise RunError(f"{run_dir} holds a run already: continue it with --resume, or choose another run.dir")
@@ -41,7 +45,11 @@ def write(run_dir: Path, settings: Config, engine: str, environment: dict) -> No
     ``environment.json`` describes this launch; its ``earlier`` lists the launches before it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    _copy_tokenizers(run_dir, settings)
+    for kind, (name, content) in _tokenizers(settings).items():  # so that the folder is all that sampling needs
+        (run_dir / "tokenizers" / kind).mkdir(parents=True, exist_ok=True)
+        file = PendingFile(run_dir / "tokenizers" / kind / name)
+        file.write(content)
+        commit([file])
     before = json.loads((run_dir / ENVIRONMENT).read_text()) if (run_dir / ENVIRONMENT).exists() else None
     earlier = [*before.pop("earlier"), before] if before else []
     environment = environment | {
@@ -85,13 +93,11 @@ def _file_sha256(path: Path) -> str:
         raise DataFileError(path, f"cannot be read: {error.strerror}", "Check data.train and data.valid") from error
 
 
-def _copy_tokenizers(run_dir: Path, settings: Config) -> None:
-    """Keep the tokenizers of the data with the run, so that it can be sampled wherever it is moved.
-
-    On a resume they are there already, and the same: ``check`` compared the data.
-    """
+def _tokenizers(settings: Config) -> dict[str, tuple[str, bytes]]:
+    """(file name, content) of the tokenizers of the first dataset by modality; raises DataFileError."""
     prefix = settings.data.train[0].prefix
     manifest = Manifest.read(prefix)
+    found = {}
     for name in ("text", "image") if manifest else ():
         content = getattr(manifest, name)
         if content is None:
@@ -99,14 +105,12 @@ def _copy_tokenizers(run_dir: Path, settings: Config) -> None:
         source = Path(prefix).parent / content.tokenizer
         if not source.is_file():
             raise DataFileError(source, f"the {name} tokenizer of {prefix} is missing", "Put it back beside the data")
-        data = source.read_bytes()
-        if hashlib.sha256(data).hexdigest() != content.sha256:
+        found[name] = (source.name, source.read_bytes())
+        if hashlib.sha256(found[name][1]).hexdigest() != content.sha256:
             raise DataFileError(source, f"is not the {name} tokenizer that wrote {prefix}", "Restore the original file")
-        target = run_dir / "tokenizers" / name / source.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file = PendingFile(target)
-        file.write(data)
-        commit([file])
+    if settings.training.sample_every and "image" not in found:
+        raise RunError(f"training.sample_every needs tokenizers, and {prefix} names none: set it to 0")
+    return found
 
 
 def _git_commit() -> str | None:

@@ -19,7 +19,9 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 (AVX512-BF16 or AMX); without either it is slower than float32."""
+    """Whether this machine multiplies bfloat16: a GPU, or a CPU with AVX512-BF16 or AMX. Others are slower in it."""
+    if torch.cuda.is_available():
+        return True
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

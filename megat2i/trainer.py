@@ -100,7 +100,7 @@ def train(run: Run, first_step: int) -> None:
     log = MetricsLog(Path(run.config.run.dir), first_step) if leader else None
     bar = Progress(first_step, last_step) if leader else None
     flops = run.model.flops_per_token(run.config.data.sequence_length)
-    peak = peak_flops(run.device)
+    peak = peak_flops(run.device, run.model.output.weight.dtype)
     non_finite = 0
     for step in range(first_step + 1, last_step + 1):
         started = time.perf_counter()

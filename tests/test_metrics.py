@@ -146,4 +146,4 @@ def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
 
 
 def test_the_peak_of_a_cpu_is_not_known():
-    assert peak_flops(torch.device("cpu")) is None
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) is None

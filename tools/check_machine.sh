@@ -1,9 +1,10 @@
 #!/bin/sh
-# Says in one sentence what the machine lacks for `make env`: Python 3.11 or newer, its venv module, a C++ compiler.
+# Says in one sentence what the machine lacks for `make env`: Linux, Python 3.11 or newer, venv, a C++ compiler.
 PYTHON="${PYTHON:-python3}"
 missing=""
 add() { missing="${missing:+$missing, }$1"; }
 
+[ "$(uname -s)" = Linux ] || add "Linux (DeepSpeed's launcher and CPU op, and the tests' Triton, need it)"
 if ! command -v "$PYTHON" >/dev/null 2>&1; then
     add "Python 3.11 or newer (no '$PYTHON' found; name another with make PYTHON=...)"
 elif ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then

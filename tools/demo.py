@@ -11,8 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from megat2i.runtime import fast_bfloat16
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,13 +26,17 @@ def main() -> None:
     """Prepare, train, report."""
     started = time.monotonic()
     os.chdir(ROOT)
+    # The environment's own deepspeed and ninja, whether or not it was activated.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     prepare()
     train()
     run("The report", sys.executable, "tools/demo_report.py", "--run", str(RUN))
     print(f"\nThe demo took {(time.monotonic() - started) / 60:.1f} minutes. Results:")
     for name in ("samples.png", "curves.png", "quality.json", "metrics.jsonl", "tensorboard"):
         print(f"  {RUN / name}")
-    print(f"More pictures: python tools/generate.py --run {RUN} --prompts 'red apple' 'flag of France'")
+    python = Path(sys.executable)
+    python = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
+    print(f"More pictures: {python} tools/generate.py --run {RUN} --prompts 'red apple' 'flag of France'")
 
 
 def prepare() -> None:
@@ -53,7 +55,7 @@ def prepare() -> None:
 def train() -> None:
     """Train, or continue what is there, in bfloat16 where the processor multiplies it fast."""
     command = ["deepspeed", "--num_accelerators", "1", "pretrain_t2i.py", "--config", CONFIG]
-    if not (torch.cuda.is_available() or fast_bfloat16()):
+    if not fast_bfloat16():
         print("This processor has no bfloat16 arithmetic: training in float32, with fewer steps.")
         command += ["runtime.dtype=float32", "training.steps=1600"]
     if (RUN / "config.yaml").exists():

@@ -58,7 +58,7 @@ def drawings(split: str, count: int) -> list[Drawing]:
 def draw(sampler: Sampler, settings: Config, chosen: list[Drawing]) -> torch.Tensor:
     """One image [N, 3, H, W] uint8 for the caption of each drawing, with the run's sampling settings."""
     prompts = [drawing.caption for drawing in chosen]
-    return torch.from_numpy(sampler.images(prompts, [SEED] * len(prompts), settings.sampling, batch_size=60))
+    return torch.from_numpy(sampler.images(prompts, [SEED] * len(prompts), settings.sampling))
 
 
 def pictures(chosen: list[Drawing], size: int) -> torch.Tensor:

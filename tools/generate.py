@@ -1,7 +1,7 @@
 """Draw images from prompts with a trained run: ``python tools/generate.py --run runs/demo --prompts "red apple"``.
 
 Writes one PNG an image, ``grid.png`` and ``samples.jsonl`` (prompt, seed, settings and file of each image). An image is
-decided by prompt, seed and settings; the other prompts of the call do not matter.
+decided by prompt, seed and settings, the batch size among them; the other prompts of the call do not matter.
 """
 
 import argparse
@@ -55,19 +55,20 @@ def main() -> None:
     given = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "guidance")}
     sampling = dataclasses.replace(settings.sampling, **{k: v for k, v in given.items() if v is not None})
     sampling.check()
-    if sampling.guidance > 1 and settings.data.caption_dropout == 0 and not arguments.force:
+    if sampling.guidance != 1 and settings.data.caption_dropout == 0 and not arguments.force:
         raise ConfigError(
             f"{arguments.run}: trained with data.caption_dropout=0, so guidance {sampling.guidance} has nothing to "
             "compare with; use --guidance 1, or --force"
         )
     jobs = [(p, arguments.seed + number) for p in prompts for number in range(arguments.images_per_prompt)]
     images = sampler.images([p for p, _ in jobs], [s for _, s in jobs], sampling, arguments.batch_size)
-    write(arguments.output or arguments.run / "samples", jobs, images, sampling)
+    drawn = dataclasses.asdict(sampling) | {"batch_size": arguments.batch_size, "dtype": dtype}
+    del drawn["prompts"]
+    write(arguments.output or arguments.run / "samples", jobs, images, drawn)
 
 
-def write(output: Path, jobs: list[tuple[str, int]], images, sampling) -> None:
-    """One PNG an image, the grid and the list of what was drawn."""
-    drawn = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "guidance")}
+def write(output: Path, jobs: list[tuple[str, int]], images, drawn: dict) -> None:
+    """One PNG an image, the grid and the list of what was ``drawn`` with which settings."""
     lines = []
     for number, ((prompt, seed), image) in enumerate(zip(jobs, images, strict=True)):
         name = f"{number:05d}-{re.sub(r'[^a-z0-9]+', '-', prompt.lower())[:60].strip('-')}-{seed}.png"
@@ -85,5 +86,5 @@ def write(output: Path, jobs: list[tuple[str, int]], images, sampling) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ConfigError, DataFileError, CheckpointError, OSError) as error:
+    except (ConfigError, DataFileError, CheckpointError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")

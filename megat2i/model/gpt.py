@@ -1,7 +1,7 @@
 """The decoder-only transformer: token embedding, blocks, final norm and the loss head.
 
-Architecture and initialisation are open_lm's. In training ``forward`` returns the loss of every token and never holds
-the full logits; ``logits`` is for evaluation and sampling. Parameter names are open_lm's and count layers globally.
+Architecture and initialisation are open_lm's. In training ``forward`` returns the loss of every token and holds a chunk
+of logits at most; ``logits`` is for evaluation. Parameter names are open_lm's and count layers globally.
 """
 
 import hashlib
