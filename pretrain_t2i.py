@@ -11,8 +11,8 @@ from functools import partial
 from megat2i.checkpoint import CheckpointError
 from megat2i.config import Config, ConfigError, load
 from megat2i.data.batches import TrainingData, evaluation_batches
-from megat2i.data.files import DataFileError
 from megat2i.data.t2i_dataset import T2IDataset, require_same_tokenizers
+from megat2i.files import DataFileError
 from megat2i.kernels import choose_ops
 from megat2i.loss import ModalityLoss
 from megat2i.model.gpt import GPT

@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megat2i.data.files import PendingFile, fsync_folder
-from megat2i.data.files import commit as commit_files
+from megat2i.files import PendingFile, fsync_folder
+from megat2i.files import commit as commit_files
 from megat2i.optim.engine import WEIGHT, Engine, Fragment
 
 FORMAT_VERSION = 1

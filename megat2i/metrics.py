@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from megat2i.data.files import PendingFile, commit
+from megat2i.files import PendingFile, commit
 from megat2i.vocab import MODALITIES
 
 # Dense bfloat16 peak in FLOP/s by the vendor's data sheets, matched on the device's name.

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from megat2i.data.files import PendingFile, commit
+from megat2i.files import PendingFile, commit
 
 FONT_SIZE = 13
 LINE_HEIGHT = 16

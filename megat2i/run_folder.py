@@ -10,8 +10,8 @@ from pathlib import Path
 
 from megat2i import config
 from megat2i.config import Config
-from megat2i.data.files import DataFileError, PendingFile, commit, store_path
 from megat2i.data.manifest import Manifest
+from megat2i.files import DataFileError, PendingFile, commit, store_path
 from megat2i.trainer import RunError
 
 CONFIG, ENVIRONMENT, DATA = "config.yaml", "environment.json", "data.json"

@@ -16,10 +16,10 @@ import torch
 
 from megat2i.checkpoint import CheckpointError
 from megat2i.config import Config, ConfigError
-from megat2i.data.files import DataFileError, PendingFile, commit
 from megat2i.data.images import to_tensor
 from megat2i.data.openmoji import Drawing, captioned_images, render
 from megat2i.evaluate.retrieval import pixel_space, quality
+from megat2i.files import DataFileError, PendingFile, commit
 from megat2i.generate import Sampler
 from megat2i.pictures import save_png, sheet
 

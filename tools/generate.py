@@ -15,7 +15,7 @@ import torch
 
 from megat2i.checkpoint import CheckpointError
 from megat2i.config import ConfigError
-from megat2i.data.files import DataFileError, PendingFile, commit
+from megat2i.files import DataFileError, PendingFile, commit
 from megat2i.generate import BATCH_SIZE, Sampler
 from megat2i.pictures import enlarge, save_png, sheet
 from megat2i.runtime import DTYPES

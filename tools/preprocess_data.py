@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 from megat2i.data.encode_part import Encoding
-from megat2i.data.files import DataFileError
 from megat2i.data.fit_tokenizers import fit_image_tokenizer, fit_text_tokenizer
 from megat2i.data.images import CROPS
 from megat2i.data.openmoji import SPLITS
 from megat2i.data.preprocess import Summary, check_output, preprocess
 from megat2i.data.samples import Part
 from megat2i.data.sources import find_parts
+from megat2i.files import DataFileError
 from megat2i.tokenizers.image import load_image_tokenizer
 
 PATCH_DEFAULTS = {"image_size": 32, "patch_size": 4, "codebook_size": 512}

@@ -16,11 +16,11 @@ import numpy as np
 import PIL
 import torch
 
-from megat2i.data.files import DataFileError, PendingFile, commit, store_path
 from megat2i.data.images import UnreadableImage, fit_square, to_tensor
 from megat2i.data.indexed import IndexedWriter
 from megat2i.data.manifest import ImageContent, Manifest, Source, TextContent, TokenCounts
 from megat2i.data.samples import Part, Refused, Sample
+from megat2i.files import DataFileError, PendingFile, commit, store_path
 from megat2i.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from megat2i.tokenizers.text import TextTokenizer, load_text_tokenizer
 from megat2i.vocab import IMAGE, TEXT

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from megat2i.data.files import DataFileError, PendingFile, commit
 from megat2i.data.images import UnreadableImage, fit_square, to_tensor
 from megat2i.data.samples import Part, Refused, Sample
+from megat2i.files import DataFileError, PendingFile, commit
 from megat2i.tokenizers.patch import PatchTokenizer
 from megat2i.tokenizers.text import train_text_tokenizer
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megat2i.data.files import DataFileError, PendingFile, commit, store_path
 from megat2i.data.manifest import REBUILD, BlockDigester, BlockDigests, Manifest
+from megat2i.files import DataFileError, PendingFile, commit, store_path
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")

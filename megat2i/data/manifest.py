@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 
 import numpy as np
 
-from megat2i.data.files import DataFileError, PendingFile, commit, store_path
+from megat2i.files import DataFileError, PendingFile, commit, store_path
 
 FORMAT_VERSION = 1
 DTYPE_NAMES = ("uint8", "int8", "int16", "int32", "int64", "uint16")  # the integer types of the .idx

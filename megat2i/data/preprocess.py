@@ -26,11 +26,11 @@ import torch
 from tqdm import tqdm
 
 from megat2i.data.encode_part import Encoding, encode_part, open_tokenizers, read_refused
-from megat2i.data.files import DataFileError, PendingFile, commit, store_path
 from megat2i.data.indexed import StoreDigests, merge
 from megat2i.data.manifest import Manifest, Source, TokenCounts
 from megat2i.data.samples import Part
 from megat2i.data.sources import source_bytes
+from megat2i.files import DataFileError, PendingFile, commit, store_path
 
 
 @dataclass(frozen=True)

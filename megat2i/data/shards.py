@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from megat2i.data.files import DataFileError
 from megat2i.data.images import MAXIMUM_BYTES, UnreadableImage, decode_image
 from megat2i.data.samples import BLOCK, IMAGE_SUFFIXES, Refused, Sample, clean_caption, decode_caption, file_identity
+from megat2i.files import DataFileError
 
 MAXIMUM_CAPTION_BYTES = 2**20  # of a .txt or .json member
 MAXIMUM_NAME = 1024  # characters of a member's name

@@ -16,7 +16,6 @@ from pathlib import Path
 from PIL import Image
 
 from megat2i.data import openmoji
-from megat2i.data.files import DataFileError
 from megat2i.data.images import decode_image, read_image_file
 from megat2i.data.samples import (
     BLOCK,
@@ -29,6 +28,7 @@ from megat2i.data.samples import (
     file_identity,
 )
 from megat2i.data.shards import parquet_parts, tar_parts
+from megat2i.files import DataFileError
 
 IMAGE_KEYS, CAPTION_KEYS = ("image", "file_name"), ("caption", "text")
 KINDS = "a folder of images, a .jsonl file, WebDataset .tar shards, .parquet files or the word openmoji"

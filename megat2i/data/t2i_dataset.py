@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megat2i.data.files import DataFileError, store_path
 from megat2i.data.indexed import IndexedDataset
+from megat2i.files import DataFileError, store_path
 from megat2i.vocab import IGNORE, IMAGE, SPECIAL, TEXT, VocabLayout
 
 # A row in order: groups of specials, and the modalities whose stored sequences stand between them.

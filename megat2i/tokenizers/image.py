@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from megat2i.data.files import DataFileError
+from megat2i.files import DataFileError
 from megat2i.tokenizers.patch import PatchTokenizer
 from megat2i.tokenizers.tokenizer_file import REMEDY, read_tokenizer_file
 

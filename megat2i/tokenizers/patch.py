@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from megat2i.data.files import DataFileError
+from megat2i.files import DataFileError
 from megat2i.tokenizers.kmeans import CHUNK, nearest, weighted_kmeans
 from megat2i.tokenizers.tokenizer_file import REMEDY, read_tokenizer_file, tokenizer_file_content, write_tokenizer_file
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from megat2i.data.files import DataFileError, PendingFile, commit
+from megat2i.files import DataFileError, PendingFile, commit
 
 BYTES = 256  # the least vocabulary of a byte-level tokenizer
 

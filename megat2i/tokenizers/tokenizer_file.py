@@ -10,7 +10,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from megat2i.data.files import DataFileError, PendingFile, commit
+from megat2i.files import DataFileError, PendingFile, commit
 
 METADATA_KEY = "image_tokenizer"  # one key: with several their order, hence the file's digest, would vary
 REMEDY = "Pass an image_tokenizer.safetensors written by tools/preprocess_data.py"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megat2i.data.files import DataFileError
 from megat2i.data.indexed import IndexedDataset
 from megat2i.data.manifest import BlockDigester, BlockDigests, Manifest, digest_file
+from megat2i.files import DataFileError
 
 
 def change_json(prefix, change) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megat2i.data.files import DataFileError
 from megat2i.data.indexed import IndexedDataset, IndexedWriter, merge
 from megat2i.data.manifest import digest_file
+from megat2i.files import DataFileError
 
 
 def files_of(folder: Path) -> set[str]:

@@ -15,11 +15,11 @@ from captioned_images import SIZE, TOOL, caption, make_encoding, output_bytes, p
 from PIL import Image
 
 from megat2i.data.encode_part import Encoding
-from megat2i.data.files import DataFileError
 from megat2i.data.fit_tokenizers import fit_image_tokenizer, fit_text_tokenizer
 from megat2i.data.indexed import IndexedDataset
 from megat2i.data.manifest import Manifest
 from megat2i.data.sources import find_parts
+from megat2i.files import DataFileError
 from megat2i.tokenizers.image import load_image_tokenizer
 from megat2i.tokenizers.text import load_text_tokenizer
 

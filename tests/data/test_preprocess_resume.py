@@ -25,9 +25,9 @@ from captioned_images import (
 
 import megat2i.data.preprocess as engine
 from megat2i.data.encode_part import Encoding
-from megat2i.data.files import DataFileError
 from megat2i.data.indexed import IndexedDataset
 from megat2i.data.manifest import Manifest
+from megat2i.files import DataFileError
 from megat2i.tokenizers.text import train_text_tokenizer
 
 

@@ -19,10 +19,10 @@ from source_layouts import (
 )
 
 from megat2i.data import samples as samples_module
-from megat2i.data.files import DataFileError
 from megat2i.data.images import UnreadableImage
 from megat2i.data.samples import Sample
 from megat2i.data.sources import find_parts, source_bytes
+from megat2i.files import DataFileError
 
 
 @pytest.mark.parametrize(

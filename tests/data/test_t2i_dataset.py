@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from megat2i.data.files import DataFileError
 from megat2i.data.indexed import IndexedWriter
 from megat2i.data.t2i_dataset import T2IDataset
+from megat2i.files import DataFileError
 from megat2i.vocab import IGNORE, IMAGE, SPECIAL, TEXT, VocabLayout
 
 VOCAB = VocabLayout(300, 64)  # <doc> is 300, <pad> 306; image code c is 512 + c

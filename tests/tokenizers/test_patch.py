@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from megat2i.data.files import DataFileError
+from megat2i.files import DataFileError
 from megat2i.tokenizers.image import load_image_tokenizer
 from megat2i.tokenizers.kmeans import LARGEST
 from megat2i.tokenizers.patch import PatchTokenizer, _colours, _pixels

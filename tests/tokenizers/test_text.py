@@ -9,7 +9,7 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megat2i.data.files import DataFileError
+from megat2i.files import DataFileError
 from megat2i.tokenizers.text import load_text_tokenizer, train_text_tokenizer
 
 CAPTIONS = [

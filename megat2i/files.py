@@ -1,4 +1,4 @@
-"""Files of a token store on disk: the error that names a bad one, and the commit that leaves no half-written one.
+"""Files on disk: the error that names a bad one, and the commit that leaves no half-written one.
 
 A commit flushes every file to the disk under a temporary name, renames the files in the order given and flushes the
 folder: without that last step a power cut loses files that were already reported as written.
