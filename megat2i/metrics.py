@@ -37,11 +37,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 class StepMetrics:
     """What one step or one validation pass measured over the whole global batch.
 
-    ``nll``, ``correct`` and ``counts`` [3]: sums over the positions of each modality; ``weights`` [3] of the objective.
+    ``nll``, ``correct``, ``off_range`` (probability given to ids of the other range) and ``counts`` [3]: sums over the
+    positions of each modality; ``weights`` [3] of the objective.
     """
 
     nll: Tensor
     correct: Tensor
+    off_range: Tensor
     counts: Tensor
     weights: tuple[float, float, float]
 
@@ -61,7 +63,8 @@ class StepMetrics:
             result[f"loss/{modality}"] = mean
             if modality != "special":
                 result[f"ppl/{modality}"] = None if mean is None else math.exp(min(mean, 700.0))
-                result[f"accuracy/{modality}"] = self.correct[index].item() / counts[index] if counts[index] else None
+                for name, sums in (("accuracy", self.correct), ("off_range", self.off_range)):
+                    result[f"{name}/{modality}"] = sums[index].item() / counts[index] if counts[index] else None
             result[f"tokens/{modality}"] = counts[index]
         return result
 

@@ -9,11 +9,11 @@ from megat2i.model.gpt import GPT
 
 
 def run_schedule(model: GPT, batches: list[Batch], loss: ModalityLoss, counts: Tensor, scale: float) -> Tensor:
-    """Forward and backward over ``batches``; returns the sums of nll and of correct predictions [2, 3] by modality.
+    """Forward and backward over ``batches``; returns sums by modality [3, 3]: nll, correct predictions, off-range mass.
 
     ``counts`` [3]: positions of each modality in the global batch; ``scale``: the engine's factor on the objective.
     """
-    sums = torch.zeros(2, 3, dtype=torch.float64)
+    sums = torch.zeros(3, 3, dtype=torch.float64)
     for batch in batches:
         token_weight = loss.token_weight(batch.modality, counts)
         losses = model(batch.tokens, batch.labels, token_weight, loss.z_loss)
@@ -24,12 +24,13 @@ def run_schedule(model: GPT, batches: list[Batch], loss: ModalityLoss, counts: T
 
 @torch.no_grad()
 def run_forward(model: GPT, batches: list[Batch]) -> Tensor:
-    """Forward only; returns the same sums [2, 3]."""
-    sums = torch.zeros(2, 3, dtype=torch.float64)
+    """Forward only; returns the same sums [3, 3]."""
+    sums = torch.zeros(3, 3, dtype=torch.float64)
     for batch in batches:
         sums += _sums(model(batch.tokens, batch.labels), batch)
     return sums
 
 
 def _sums(losses, batch: Batch) -> Tensor:
-    return torch.stack([sum_by_modality(values, batch.modality) for values in (losses.nll, losses.correct)]).cpu()
+    fields = (losses.nll, losses.correct, losses.off_range_mass)
+    return torch.stack([sum_by_modality(values, batch.modality) for values in fields]).cpu()

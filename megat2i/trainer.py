@@ -41,15 +41,13 @@ def train_step(
     counts = _summed(count_tokens([batch.modality for batch in batches]), groups)  # the only normaliser there is
     sums = run_schedule(model, batches, loss, counts, engine.loss_scale)
     grad_norm = engine.step(lr)
-    nll, correct = _summed(sums, groups)
-    return StepMetrics(nll, correct, counts, loss.weights), grad_norm
+    return StepMetrics(*_summed(sums, groups), counts, loss.weights), grad_norm
 
 
 def evaluate(model: GPT, batches: list[Batch], loss: ModalityLoss, groups: ParallelGroups) -> StepMetrics:
     """Validation over this rank's ``batches``, with the same break-down as a training step."""
     counts = _summed(count_tokens([batch.modality for batch in batches]), groups)
-    nll, correct = _summed(run_forward(model, batches), groups)
-    return StepMetrics(nll, correct, counts, loss.weights)
+    return StepMetrics(*_summed(run_forward(model, batches), groups), counts, loss.weights)
 
 
 def _summed(values: Tensor, groups: ParallelGroups) -> Tensor:

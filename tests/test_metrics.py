@@ -29,7 +29,8 @@ STEP_KEYS = [
 
 
 def measured(nll=(10.0, 60.0, 3.0), correct=(1, 5, 3), counts=(5, 20, 3), weights=(1.0, 1.0, 1.0)):
-    return StepMetrics(torch.tensor(nll), torch.tensor(correct), torch.tensor(counts), weights)
+    off_range = torch.tensor(correct) / 100
+    return StepMetrics(torch.tensor(nll), torch.tensor(correct), off_range, torch.tensor(counts), weights)
 
 
 def test_numbers_by_hand():
@@ -39,10 +40,12 @@ def test_numbers_by_hand():
         "loss/text": 2.0,
         "ppl/text": pytest.approx(math.e**2),
         "accuracy/text": pytest.approx(0.2),
+        "off_range/text": pytest.approx(0.002),
         "tokens/text": 5,
         "loss/image": 3.0,
         "ppl/image": pytest.approx(math.e**3),
         "accuracy/image": 0.25,
+        "off_range/image": pytest.approx(0.0025),
         "tokens/image": 20,
         "loss/special": 1.0,
         "tokens/special": 3,

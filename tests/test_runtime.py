@@ -18,6 +18,8 @@ LAUNCHER_VARIABLES = [
     "LOCAL_RANK",
     "LOCAL_SIZE",
     "LOCAL_WORLD_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
     "SLURM_STEP_ID",
     "SLURM_PROCID",
     "SLURM_NTASKS",
@@ -80,6 +82,15 @@ def test_a_single_process_and_an_explicit_engine(environment, tiny_config):
 def test_a_single_slurm_task_is_a_single_process(environment, tiny_config):
     environment(SLURM_PROCID="0", SLURM_NTASKS="1", SLURM_LOCALID="0")
     assert Backend.resolve(tiny_config).launcher == "none"
+
+
+def test_mpi_without_a_rank_is_refused(environment, tiny_config):
+    """Otherwise every process would take itself for a run of one."""
+    environment(OMPI_COMM_WORLD_SIZE="4")
+    with pytest.raises(ConfigError, match="MPI"):
+        Backend.resolve(tiny_config)
+    environment(OMPI_COMM_WORLD_SIZE="1")
+    assert Backend.resolve(tiny_config).world_size == 1
 
 
 def test_srun_without_a_master_says_what_to_export(environment, tiny_config):

@@ -48,6 +48,8 @@ def test_hostile_members_of_a_tar_are_refused_and_nothing_is_extracted(tmp_path)
         add(archive, "link.png", type=tarfile.LNKTYPE, linkname="good.png")
         add(archive, "device.png", type=tarfile.CHRTYPE)
         add(archive, "n" * 5000 + ".png", png("red"))
+        add(archive, ".DS_Store", b"left by a file manager")
+        add(archive, "._good.png", png("red"))
         add(archive, "good.png", png("blue"))
         add(archive, "good.txt", b"a good one")
     before = sorted(tmp_path.rglob("*"))
@@ -61,6 +63,8 @@ def test_hostile_members_of_a_tar_are_refused_and_nothing_is_extracted(tmp_path)
         "link.png": special,
         "device.png": special,
         "n" * 1024: "a name of 5,004 characters",
+        ".DS_Store": "a hidden file",
+        "._good.png": "a hidden file",
     }
     assert sorted(tmp_path.rglob("*")) == before and not (tmp_path.parent / "x.png").exists()
 

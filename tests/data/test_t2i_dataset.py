@@ -1,10 +1,13 @@
 """Row assembly: every position of a row, captions cut and dropped, and stores that do not fit refused."""
 
+from dataclasses import replace as changed
+
 import numpy as np
 import pytest
 
 from megat2i.data.indexed import IndexedWriter
-from megat2i.data.t2i_dataset import T2IDataset
+from megat2i.data.manifest import Manifest
+from megat2i.data.t2i_dataset import T2IDataset, require_same_tokenizers
 from megat2i.files import DataFileError
 from megat2i.vocab import IGNORE, IMAGE, SPECIAL, TEXT, VocabLayout
 
@@ -206,3 +209,25 @@ def test_another_vocabulary_is_refused(store_with_manifest, tmp_path, write_stor
 def test_bad_arguments(store, arguments, message):
     with pytest.raises(ValueError, match=message):
         T2IDataset(**{"prefix": store, "vocab": VOCAB, "sequence_length": 30, **arguments})
+
+
+def test_datasets_whose_ids_mean_different_things_are_refused(tmp_path, write_store, make_documents):
+    """Same vocabulary sizes, another codebook or crop: nothing else would notice."""
+    documents = make_documents(4, 0)
+    write_store(tmp_path / "a", documents, manifest=True)
+    write_store(tmp_path / "b", documents, manifest=True)
+    manifest = Manifest.read(tmp_path / "a")
+    write_store(tmp_path / "codebook", documents, manifest=True, image=changed(manifest.image, sha256="ef"))
+    write_store(tmp_path / "crop", documents, manifest=True, image=changed(manifest.image, crop="pad"))
+    write_store(tmp_path / "words", documents, manifest=True, text=changed(manifest.text, sha256="01"))
+
+    def datasets(*names, mode="text_to_image"):
+        return [T2IDataset(tmp_path / name, VOCAB, 40, mode=mode) for name in names]
+
+    require_same_tokenizers(datasets("a", "b"))
+    for other in ("codebook", "crop"):
+        with pytest.raises(DataFileError, match="image tokenizer, grid or crop differs"):
+            require_same_tokenizers(datasets("a", other))
+    with pytest.raises(DataFileError, match="text tokenizer differs"):
+        require_same_tokenizers(datasets("a", "b", "words"))
+    require_same_tokenizers(datasets("a", "words", mode="image_only"))  # their texts take no part

@@ -1,0 +1,102 @@
+"""What a run keeps of itself, and that a resumed run is the same run on the same data."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megat2i import run_folder
+from megat2i.config import DatasetConfig
+from megat2i.data.indexed import IndexedWriter
+from megat2i.files import DataFileError
+from megat2i.trainer import RunError
+
+
+@pytest.fixture
+def settings(run_config, tiny_store, tmp_path):
+    """A run on a copy of the tiny store, which a test may change."""
+    shutil.copytree(tiny_store, tmp_path / "data")
+    config = run_config(tmp_path / "run")
+    train = [DatasetConfig(str(tmp_path / "data/train"))]
+    return replace(config, data=replace(config.data, train=train, valid=str(tmp_path / "data/valid")))
+
+
+def write(settings, **environment) -> None:
+    run_folder.check(folder(settings), settings, resume=False)
+    run_folder.write(folder(settings), settings, "torch", environment)
+
+
+def folder(settings) -> Path:
+    return Path(settings.run.dir)
+
+
+def test_the_same_run_may_be_resumed(settings):
+    write(settings)
+    run_folder.check(folder(settings), settings, resume=True)
+    assert {path.name for path in (folder(settings) / "tokenizers").rglob("*.*")} == {"text.json", "image.safetensors"}
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_changed_data_under_the_same_name_is_refused(settings, tmp_path, split):
+    write(settings)
+    manifest = tmp_path / f"data/{split}.json"
+    content = json.loads(manifest.read_text())
+    content["bin_blocks"]["sha256"][0] = "0" * 64  # as if other tokens had been written
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(RunError, match=f"the content of .*{split}"):
+        run_folder.check(folder(settings), settings, resume=True)
+
+
+def test_a_changed_setting_is_refused_and_an_execution_setting_is_not(settings):
+    write(settings)
+    other = replace(settings, model=replace(settings.model, seed=5))
+    with pytest.raises(RunError, match="model.seed: 0 -> 5"):
+        run_folder.check(folder(settings), other, resume=True)
+    run_folder.check(folder(settings), replace(settings, training=replace(settings.training, stop_at=3)), resume=True)
+
+
+def test_a_run_is_not_started_over_another(settings):
+    write(settings)
+    (folder(settings) / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(RunError, match="--resume"):
+        run_folder.check(folder(settings), settings, resume=False)
+
+
+def test_nothing_to_resume_is_said(settings):
+    with pytest.raises(RunError, match="no run to resume"):
+        run_folder.check(folder(settings), settings, resume=True)
+
+
+def test_a_missing_or_foreign_tokenizer_stops_before_the_start(settings, tmp_path):
+    tokenizer = tmp_path / "data/image.safetensors"
+    content = tokenizer.read_bytes()
+    tokenizer.unlink()
+    with pytest.raises(DataFileError, match="is missing"):
+        run_folder.check(folder(settings), settings, resume=False)
+    tokenizer.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DataFileError, match="is not the image tokenizer"):
+        run_folder.check(folder(settings), settings, resume=False)
+    assert not folder(settings).exists()
+
+
+def test_samples_need_tokenizers(settings, tmp_path):
+    with IndexedWriter(tmp_path / "plain", np.uint16) as writer:
+        writer.add_document([np.array([1]), np.arange(4)], [0, 1])
+    data = replace(settings.data, train=[DatasetConfig(str(tmp_path / "plain"))], valid=None)
+    plain = replace(settings, data=data)
+    run_folder.check(folder(plain), plain, resume=False)
+    with pytest.raises(RunError, match="sample_every"):
+        run_folder.check(folder(plain), replace(plain, training=replace(plain.training, sample_every=1)), resume=False)
+
+
+def test_every_launch_is_recorded(settings):
+    write(settings, layout="1.1.1")
+    run_folder.write(folder(settings), settings, "torch", {"layout": "1.1.2"})
+    run_folder.write(folder(settings), settings, "torch", {"layout": "1.1.4"})
+    environment = json.loads((folder(settings) / "environment.json").read_text())
+    assert environment["layout"] == "1.1.4" and environment["versions"]["torch"]
+    assert [launch["layout"] for launch in environment["earlier"]] == ["1.1.1", "1.1.2"]
+    assert all("earlier" not in launch for launch in environment["earlier"])
