@@ -276,7 +276,8 @@ def mutate(index: bytes, chance: random.Random) -> bytes:
     return index[:at] if kind < 0.95 else index + chance.randbytes(chance.randint(1, 60))
 
 
-def test_ten_thousand_damaged_indices(store_with_manifest, tmp_path):
+@pytest.mark.parametrize("mutants", [10_000, pytest.param(200_000, marks=pytest.mark.full)])
+def test_damaged_indices(store_with_manifest, tmp_path, mutants):
     """Without a manifest all that can slip through is what the format cannot show; with one, nothing at all."""
     index = Path(f"{store_with_manifest}.idx").read_bytes()
     original, plain = IndexedDataset(store_with_manifest), tmp_path / "plain"
@@ -286,7 +287,7 @@ def test_ten_thousand_damaged_indices(store_with_manifest, tmp_path):
     unprovable = {17, *range(documents_start, len(index))}  # dtype code, document bounds, modes
     chance, accepted, refused = random.Random(0), 0, 0
     with open(f"{plain}.idx", "r+b", buffering=0) as file:  # in place: also the .idx beside the manifest
-        for _ in range(10_000):
+        for _ in range(mutants):
             mutant = mutate(index, chance)
             if mutant == index:
                 continue
@@ -302,11 +303,13 @@ def test_ten_thousand_damaged_indices(store_with_manifest, tmp_path):
                 refused += 1
                 continue
             accepted += 1
-            changed = {at for at in range(len(index)) if mutant[at] != index[at]}
+            if len(mutant) != len(index):  # cut exactly where the modes begin: a file as Megatron writes text
+                assert mutant == index[: -len(original)] and store.modes is None
+            changed = {at for at in range(len(mutant)) if mutant[at] != index[at]}
             assert changed <= unprovable and store.dtype.itemsize == original.dtype.itemsize
             for sequence in range(len(store)):  # in bounds, and the same bytes
                 assert store.sequence(sequence).tobytes() == original.sequence(sequence).tobytes()
-    assert refused > 7_000 and accepted > 20, (refused, accepted)
+    assert refused > 0.7 * mutants and accepted > 20, (refused, accepted)
 
 
 def test_control_without_the_structure_check_damage_gives_wrong_tokens(store):
