@@ -15,17 +15,17 @@ from megat2i.data.t2i_dataset import T2IDataset, require_same_tokenizers
 from megat2i.files import DataFileError
 from megat2i.kernels import choose_ops
 from megat2i.loss import ModalityLoss
-from megat2i.model.gpt import GPT
+from megat2i.model.gpt import GPT, Part
 from megat2i.pretrain import pretrain
 from megat2i.runtime import Backend
 from megat2i.topology import ParallelGroups
 from megat2i.trainer import Data, RunError
 
 
-def model_provider(config: Config, backend: Backend) -> GPT:
-    """The model with its initial weights, on the run's device and in its dtype."""
+def model_provider(config: Config, backend: Backend, part: Part) -> GPT:
+    """This rank's part of the model with its initial weights, on the run's device and in its dtype."""
     ops = choose_ops(backend.device, backend.dtype)
-    model = GPT.empty(config.model, config.vocab_layout, ops, backend.device, backend.dtype)
+    model = GPT.empty(config.model, config.vocab_layout, ops, backend.device, backend.dtype, part)
     model.initialise(config.model.seed)
     return model
 

@@ -24,6 +24,7 @@ from megat2i.loss import ModalityLoss
 from megat2i.model.gpt import GPT
 from megat2i.optim.torch_engine import TorchEngine
 from megat2i.runtime import DTYPES, Backend
+from megat2i.pipeline import Pipeline
 from megat2i.topology import ParallelGroups
 from megat2i.trainer import train_step
 from megat2i.vocab import IGNORE
@@ -75,13 +76,14 @@ def random_batch(settings: config.Config) -> Batch:
 
 def our_step(settings: config.Config, backend: Backend, batch: Batch):
     """A function that makes one of our optimizer steps."""
-    groups = ParallelGroups.create(settings.parallel, backend.device.type)
+    groups = ParallelGroups.create(settings.parallel)
     ops = choose_ops(backend.device, backend.dtype)
     model = GPT.empty(settings.model, settings.vocab_layout, ops, backend.device, backend.dtype)
     model.initialise(seed=0)
-    engine = TorchEngine(model, settings.optimizer, groups)
+    engine = TorchEngine(model, settings.optimizer, settings.training, groups)
     loss = ModalityLoss((1.0, 1.0, 1.0))
-    return lambda: train_step(model, engine, [batch], loss, groups, lr=1e-4)
+    pipeline = Pipeline(model, groups)
+    return lambda: train_step(pipeline, engine, [batch], loss, groups, lr=1e-4)
 
 
 def hugging_face_step(settings: config.Config, backend: Backend, batch: Batch):

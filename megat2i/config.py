@@ -80,6 +80,7 @@ class TrainingConfig:
     evaluate_samples: int = 256
     checkpoint_every: int = 0  # steps; 0: only at the end
     keep_checkpoints: int = 2
+    asynchronous_checkpoints: bool = False  # write in the background, beside the following steps
     sample_every: int = 0  # steps between images drawn for TensorBoard; 0: never
 
 
@@ -93,6 +94,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on every parameter, as open_lm
     clip: float = 1.0  # gradient norm
+    reduce_dtype: str = "float32"  # float32 | bfloat16: in which gradients are summed over data-parallel ranks
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,19 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    tensor: int = 1
-    pipeline: int = 1
-    sequence: bool = False
+    tensor: int = 1  # ranks that share every layer; a power of two
+    pipeline: int = 1  # ranks that share the depth
+    sequence: bool = False  # tensor-parallel ranks also share the tokens between the layers
+    schedule: str = "1f1b"  # 1f1b | interleaved | zero_bubble
+    virtual_stages: int = 1  # stages of a pipeline rank; above 1 with interleaved or zero_bubble
+    recompute: str = "none"  # none | selective | full: what the backward pass computes again
 
 
 @dataclass(frozen=True)
 class RuntimeConfig:
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "bfloat16"  # float32 | bfloat16, of weights and activations
+    self_test: bool = True  # with more than one rank: prove this launch on a tiny model before training
 
 
 @dataclass(frozen=True)
@@ -158,25 +164,6 @@ class Config:
         for index, dataset in enumerate(self.data.train):
             if not dataset.prefix or not 0 < dataset.weight < float("inf"):
                 raise ConfigError(f"data.train[{index}] needs a prefix and a weight above 0, got {dataset}")
-
-
-# Fields that say how a run is executed, not what it computes: a resumed run may change them.
-EXECUTION_FIELDS = {
-    "run": {"dir"},
-    "training": {
-        "stop_at",
-        "micro_batch_size",
-        "evaluate_every",
-        "evaluate_samples",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "sample_every",
-    },
-    "optimizer": {"engine"},
-    "parallel": {"tensor", "pipeline", "sequence"},
-    "runtime": {"device"},
-    "sampling": {f.name for f in dataclasses.fields(SamplingConfig)},
-}
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> Config:
@@ -237,13 +224,7 @@ def _unknown_key(section: str, key: str) -> str:
 
 def validate(config: Config, world_size: int) -> None:
     """Refuse combinations that cannot be trained with ``world_size`` processes; raises ConfigError."""
-    model, training, parallel = config.model, config.training, config.parallel
-    for name in ("tensor", "pipeline", "sequence"):
-        if getattr(parallel, name) > 1 or (name == "sequence" and parallel.sequence):
-            raise ConfigError(
-                f"parallel.{name}={getattr(parallel, name)}: this version trains with data parallelism only; "
-                "set parallel.tensor=1 parallel.pipeline=1 parallel.sequence=false"
-            )
+    model, training = config.model, config.training
     if not config.data.train:
         raise ConfigError("data.train is empty; name at least one dataset: data.train: [{prefix: data/openmoji/train}]")
     if model.hidden % model.heads:
@@ -256,15 +237,61 @@ def validate(config: Config, world_size: int) -> None:
         )
     if training.stop_at is not None and training.stop_at > training.steps:
         raise ConfigError(f"training.stop_at={training.stop_at} is beyond training.steps={training.steps}")
-    sequences = training.micro_batch_size * world_size
+    if config.optimizer.min_lr > config.optimizer.lr:
+        raise ConfigError(f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}")
+    _validate_parallel(config, world_size)
+    _validate_data(config)
+
+
+def _validate_parallel(config: Config, world_size: int) -> None:
+    model, training, parallel = config.model, config.training, config.parallel
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    if tensor & (tensor - 1):
+        raise ConfigError(f"parallel.tensor={tensor} is not a power of two, by which the vocabulary is striped")
+    if world_size % (tensor * pipeline):
+        raise ConfigError(
+            f"{world_size} processes do not divide into parallel.tensor x parallel.pipeline = {tensor} x {pipeline}; "
+            f"start a multiple of {tensor * pipeline}"
+        )
+    for name, size in (("heads", model.heads), ("ffn", model.ffn_hidden)):
+        if size % tensor:
+            raise ConfigError(f"model.{name}={size} is not divisible by parallel.tensor={tensor}")
+    data = world_size // (tensor * pipeline)
+    sequences = training.micro_batch_size * data
     if training.global_batch_size % sequences:
         raise ConfigError(
             f"training.global_batch_size={training.global_batch_size} is not a multiple of "
-            f"micro_batch_size x data-parallel ranks = {training.micro_batch_size} x {world_size} = {sequences}"
+            f"micro_batch_size x data-parallel ranks = {training.micro_batch_size} x {data} = {sequences}"
         )
-    if config.optimizer.min_lr > config.optimizer.lr:
-        raise ConfigError(f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}")
-    _validate_data(config)
+    tokens = training.micro_batch_size * config.data.sequence_length
+    if parallel.sequence and tokens % tensor:
+        raise ConfigError(
+            f"parallel.sequence=true: micro_batch_size x sequence_length = {tokens} tokens do not divide into "
+            f"parallel.tensor={tensor}"
+        )
+    _validate_pipeline(config, training.global_batch_size // sequences)
+
+
+def _validate_pipeline(config: Config, micro_batches: int) -> None:
+    parallel, layers = config.parallel, config.model.layers
+    if parallel.virtual_stages > 1 and (parallel.schedule == "1f1b" or parallel.pipeline == 1):
+        raise ConfigError(
+            f"parallel.virtual_stages={parallel.virtual_stages} needs parallel.pipeline above 1 and "
+            "parallel.schedule=interleaved or zero_bubble"
+        )
+    if parallel.schedule == "interleaved" and parallel.pipeline > 1 and parallel.virtual_stages == 1:
+        raise ConfigError("parallel.schedule=interleaved needs parallel.virtual_stages of 2 or more")
+    stages = parallel.pipeline * parallel.virtual_stages
+    if stages > layers:
+        raise ConfigError(
+            f"parallel.pipeline x parallel.virtual_stages = {stages} stages for model.layers={layers}: "
+            "every stage needs a layer"
+        )
+    if parallel.virtual_stages > 1 and micro_batches % parallel.pipeline:
+        raise ConfigError(
+            f"{micro_batches} micro-batches a step are not a multiple of parallel.pipeline={parallel.pipeline}, as "
+            "virtual stages need; change training.global_batch_size or micro_batch_size"
+        )
 
 
 def _validate_data(config: Config) -> None:
@@ -295,17 +322,3 @@ def _validate_data(config: Config) -> None:
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML that ``load`` reads back unchanged."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def changed_identity(before: Config, after: Config) -> list[str]:
-    """Keys that differ and decide what the run computes, as ``section.key: before -> after``."""
-    changes = []
-    for section in dataclasses.fields(Config):
-        old, new = getattr(before, section.name), getattr(after, section.name)
-        for item in dataclasses.fields(old):
-            if item.name in EXECUTION_FIELDS.get(section.name, ()):
-                continue
-            if getattr(old, item.name) != getattr(new, item.name):
-                key = f"{section.name}.{item.name}"
-                changes.append(f"{key}: {getattr(old, item.name)} -> {getattr(new, item.name)}")
-    return changes

@@ -7,6 +7,9 @@ CHOICES = {
     "model.norm": ("layer_norm", "layer_norm_gain_only", "rms_norm"),
     "model.positions": ("none", "rotary"),
     "optimizer.engine": (None, "deepspeed", "torch"),
+    "optimizer.reduce_dtype": ("float32", "bfloat16"),
+    "parallel.schedule": ("1f1b", "interleaved", "zero_bubble"),
+    "parallel.recompute": ("none", "selective", "full"),
     "runtime.device": ("auto", "cpu", "cuda"),
     "runtime.dtype": ("float32", "bfloat16"),
 }
@@ -48,6 +51,7 @@ LIMITS = (
     ("loss.z_loss", 0.0, 1.0),
     ("parallel.tensor", 1, None),
     ("parallel.pipeline", 1, None),
+    ("parallel.virtual_stages", 1, None),
     ("sampling.temperature", 1e-6, 1e6),
     ("sampling.top_k", 0, None),
     ("sampling.top_p", 1e-6, 1.0),

@@ -19,6 +19,7 @@ from megat2i import checkpoint, config
 from megat2i.config import Config, ConfigError, SamplingConfig
 from megat2i.kernels import choose_ops
 from megat2i.model.gpt import GPT
+from megat2i.pipeline import Pipeline
 from megat2i.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from megat2i.tokenizers.text import TextTokenizer, load_text_tokenizer
 from megat2i.vocab import VocabLayout
@@ -30,7 +31,7 @@ BATCH_SIZE = 32  # images at a time
 class Sampler:
     """A model with its tokenizers. ``prompt_width``: tokens in front of the first image code, padding included."""
 
-    model: GPT
+    model: GPT | Pipeline
     vocab: VocabLayout
     text_tokenizer: TextTokenizer
     image_tokenizer: ImageTokenizer
@@ -54,7 +55,7 @@ class Sampler:
         return Sampler.for_model(settings, model), settings
 
     @staticmethod
-    def for_model(settings: Config, model: GPT) -> "Sampler":
+    def for_model(settings: Config, model: GPT | Pipeline) -> "Sampler":
         """A sampler for ``model`` with the tokenizers that the run keeps in ``run.dir``."""
         text, image = (Path(settings.run.dir) / "tokenizers" / name for name in ("text", "image"))
         return Sampler(
@@ -110,7 +111,7 @@ class Sampler:
         return [special("<doc>"), special("<text>"), *caption[:room], special("</text>"), special("<image>")]
 
     def _batch(self, rows: list[list[int]], seeds: list[int], sampling: SamplingConfig) -> Tensor:
-        device = self.model.output.weight.device
+        device = self.model.device
         guided = sampling.guidance != 1
         if guided:  # the second half of the batch sees the same image behind an empty caption
             rows = rows + [self.prompt_tokens("")] * len(rows)

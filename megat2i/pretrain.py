@@ -4,6 +4,7 @@ What the model, the data and the loss are is given by the three providers of the
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,15 +16,19 @@ from megat2i.config import Config
 from megat2i.data.manifest import Manifest
 from megat2i.generate import Sampler
 from megat2i.loss import ModalityLoss
-from megat2i.model.gpt import GPT
+from megat2i.model.cost import model_parameters
+from megat2i.model.gpt import GPT, Part
+from megat2i.model.partition import partition
 from megat2i.optim.engine import Engine
 from megat2i.optim.torch_engine import TorchEngine
+from megat2i.parallel.collectives import TensorParallel
+from megat2i.pipeline import Pipeline
 from megat2i.runtime import Backend
 from megat2i.topology import ParallelGroups
 from megat2i.trainer import Data, Run, RunError, train
 
 Providers = tuple[
-    Callable[[Config, Backend], GPT],
+    Callable[[Config, Backend, Part], GPT],
     Callable[[Config, Backend, ParallelGroups], Data],
     Callable[[Config], ModalityLoss],
 ]
@@ -38,10 +43,10 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
     run_folder.check(run_dir, settings, resume)
     backend.start(settings.model.seed)
     try:
-        groups = ParallelGroups.create(settings.parallel, backend.device.type)
+        groups = ParallelGroups.create(settings.parallel)
         provide_model, provide_data, provide_loss = providers
         data = provide_data(settings, backend, groups)
-        model = provide_model(settings, backend)
+        model = provide_model(settings, backend, part_of(settings, groups))
         engine = _engine(model, settings, backend, groups)
         leader = backend.rank == 0
         report = print if leader else lambda line: None
@@ -52,26 +57,39 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
             raise RunError(f"{run_dir}/checkpoints: every checkpoint is damaged; to start over, choose another run.dir")
         first_step = found.step if found else 0
         if leader:
-            parameters = sum(p.numel() for p in model.parameters())
             environment = {
                 "backend": backend.describe(),
                 "ops": model.ops.description,
                 "engine": backend.engine,
                 "layout": groups.layout(),
-                "parameters_total": parameters,
-                "parameters_per_rank": parameters,
+                "parameters_total": model_parameters(settings.model, settings.vocab_layout.size),
+                "parameters_per_rank": sum(p.numel() for p in model.parameters()),
                 "resumed_from": str(found.path) if found else None,
             }
             run_folder.write(run_dir, settings, backend.engine, environment)
-        report(f"{backend.describe()} {model.ops.description}")
+        report(f"{backend.describe()} layout={groups.layout()} {model.ops.description}")
         for prefix, (rows, cut) in data.captions.items():
             report(f"{prefix}: {rows:,} rows, {cut:,} captions cut to fit {settings.data.sequence_length} positions")
         report(f"{'resuming after step ' + str(first_step) if found else 'starting'}: {run_dir}")
-        draw = _drawer(settings, model) if settings.training.sample_every and leader else None
-        run = Run(settings, model, engine, data, provide_loss(settings), groups, backend.device, draw)
+        pipeline = Pipeline(model, groups, settings.parallel.schedule)
+        draw = _drawer(settings, pipeline) if settings.training.sample_every and groups.data_rank == 0 else None
+        run = Run(settings, pipeline, engine, data, provide_loss(settings), groups, backend, draw)
         train(run, first_step)
     finally:
         dist.destroy_process_group()
+
+
+def part_of(settings: Config, groups: ParallelGroups) -> Part:
+    """Which part of the model this rank holds: its share of every layer of its pipeline stages."""
+    parallel = settings.parallel
+    columns = sum(stop - start for start, stop in settings.vocab_layout.ranges)
+    number = groups.pipeline_size * parallel.virtual_stages
+    stages = partition(settings.model, columns, settings.data.sequence_length, number)
+    return Part(
+        TensorParallel(groups.tensor, groups.tensor_rank, groups.tensor_size, parallel.sequence),
+        stages[groups.pipeline_rank :: groups.pipeline_size],
+        parallel.recompute,
+    )
 
 
 def _with_vocabulary(settings: Config) -> Config:
@@ -88,13 +106,18 @@ def _with_vocabulary(settings: Config) -> Config:
 
 def _engine(model: GPT, settings: Config, backend: Backend, groups: ParallelGroups) -> Engine:
     if backend.engine == "torch":
-        return TorchEngine(model, settings.optimizer, groups)
+        return TorchEngine(model, settings.optimizer, settings.training, groups)
     from megat2i.optim.deepspeed_engine import DeepSpeedEngine  # slow to import, and only some runs need it
 
     return DeepSpeedEngine(model, settings.optimizer, settings.training, groups, backend.local_rank)
 
 
-def _drawer(settings: Config, model: GPT) -> Callable[[], np.ndarray]:
+def _drawer(settings: Config, pipeline: Pipeline) -> Callable[[], np.ndarray]:
     """Draws the configured prompts with the model as it is, always from the same seeds."""
-    sampler, prompts = Sampler.for_model(settings, model), settings.sampling.prompts
-    return lambda: sampler.images(prompts, [0] * len(prompts), settings.sampling)
+
+    @functools.cache
+    def sampler() -> Sampler:  # at the first use: the leader has written the tokenizers by then
+        return Sampler.for_model(settings, pipeline)
+
+    prompts = settings.sampling.prompts
+    return lambda: sampler().images(prompts, [0] * len(prompts), settings.sampling)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megat2i import config
 from megat2i.config import Config
+from megat2i.config_identity import changed_identity
 from megat2i.data.manifest import Manifest
 from megat2i.files import DataFileError, PendingFile, commit, store_path
 from megat2i.trainer import RunError
@@ -29,7 +30,7 @@ def check(run_dir: Path, settings: Config, resume: bool) -> None:
         return
     if not (run_dir / CONFIG).exists():
         raise RunError(f"{run_dir / CONFIG} does not exist: there is no run to resume; start without --resume")
-    changes = config.changed_identity(config.load(run_dir / CONFIG), settings)
+    changes = changed_identity(config.load(run_dir / CONFIG), settings)
     saved, present = json.loads((run_dir / DATA).read_text()), _data_identity(settings)
     changes += [f"the content of {prefix}" for prefix in saved if saved[prefix] != present.get(prefix, saved[prefix])]
     if changes:

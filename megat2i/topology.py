@@ -3,38 +3,117 @@
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed import ProcessGroup
 
 from megat2i.config import ParallelConfig
 
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """Process groups of this rank along each axis; every axis has a group, of one rank where it is not used."""
+    """Process group, rank and size along every axis of the mesh; each axis has a group, of one rank if it is not used.
 
-    mesh: DeviceMesh
+    ``model``: all pipeline and tensor ranks that hold one copy of the model together.
+    """
+
+    pipeline: ProcessGroup
+    data: ProcessGroup
+    tensor: ProcessGroup
+    model: ProcessGroup
 
     @staticmethod
-    def create(parallel: ParallelConfig, device_type: str) -> "ParallelGroups":
-        """Build the mesh over all ranks; every rank must call this. Data-parallel ranks are what is left over."""
-        data = dist.get_world_size() // (parallel.tensor * parallel.pipeline)
-        mesh = init_device_mesh(
-            device_type, (parallel.pipeline, data, parallel.tensor), mesh_dim_names=("pipeline", "data", "tensor")
+    def create(parallel: ParallelConfig) -> "ParallelGroups":
+        """Build the groups over all ranks; every rank must call this. Data-parallel ranks are what is left over."""
+        pipeline, tensor = parallel.pipeline, parallel.tensor
+        data = dist.get_world_size() // (tensor * pipeline)
+
+        def rank_of(stage: int, replica: int, share: int) -> int:
+            return (stage * data + replica) * tensor + share
+
+        stages, replicas, shares = range(pipeline), range(data), range(tensor)
+        return ParallelGroups(
+            pipeline=_group_of_mine([[rank_of(p, d, t) for p in stages] for d in replicas for t in shares]),
+            data=_group_of_mine([[rank_of(p, d, t) for d in replicas] for p in stages for t in shares]),
+            tensor=_group_of_mine([[rank_of(p, d, t) for t in shares] for p in stages for d in replicas]),
+            model=_group_of_mine([[rank_of(p, d, t) for p in stages for t in shares] for d in replicas]),
         )
-        return ParallelGroups(mesh)
 
     @property
-    def data(self) -> dist.ProcessGroup:
-        return self.mesh.get_group("data")
+    def pipeline_rank(self) -> int:
+        return self.pipeline.rank()
+
+    @property
+    def pipeline_size(self) -> int:
+        return self.pipeline.size()
 
     @property
     def data_rank(self) -> int:
-        return self.mesh.get_local_rank("data")
+        return self.data.rank()
 
     @property
     def data_size(self) -> int:
-        return self.mesh["data"].size()
+        return self.data.size()
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.tensor.rank()
+
+    @property
+    def tensor_size(self) -> int:
+        return self.tensor.size()
 
     def layout(self) -> str:
         """pipeline.tensor.data sizes, e.g. "1.1.8"."""
-        return ".".join(str(self.mesh[axis].size()) for axis in ("pipeline", "tensor", "data"))
+        return f"{self.pipeline_size}.{self.tensor_size}.{self.data_size}"
+
+
+def _group_of_mine(partition: list[list[int]]) -> ProcessGroup:
+    """The group of this rank in a ``partition`` of all ranks; collective."""
+    mine = None
+    for ranks in partition:  # every rank takes part in making every group, in the same order
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            mine = group
+    return mine
+
+
+class ModelParallelUnit:
+    """The groups under the names by which DeepSpeed asks for them (its ``mpu`` argument).
+
+    Its "model parallel" group is all ranks of one copy of the model: over it the gradient norm is summed.
+    """
+
+    def __init__(self, groups: ParallelGroups):
+        self.groups = groups
+
+    def get_model_parallel_group(self) -> ProcessGroup:
+        return self.groups.model
+
+    def get_model_parallel_rank(self) -> int:
+        return self.groups.model.rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.groups.model.size()
+
+    def get_tensor_model_parallel_group(self) -> ProcessGroup:
+        return self.groups.tensor
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self.groups.tensor_rank
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self.groups.tensor_size
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return self.groups.pipeline_rank
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return self.groups.pipeline_size
+
+    def get_data_parallel_group(self) -> ProcessGroup:
+        return self.groups.data
+
+    def get_data_parallel_rank(self) -> int:
+        return self.groups.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.groups.data_size

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
 from megat2i import checkpoint
@@ -18,10 +19,11 @@ from megat2i.config import Config
 from megat2i.data.batches import Batch
 from megat2i.loss import ModalityLoss, count_tokens
 from megat2i.metrics import MetricsLog, StepMetrics, peak_flops
-from megat2i.model.gpt import GPT
+from megat2i.model.cost import flops_per_token
 from megat2i.optim.engine import Engine
 from megat2i.optim.schedule import learning_rate
-from megat2i.pipeline import run_forward, run_schedule
+from megat2i.pipeline import Pipeline
+from megat2i.runtime import Backend
 from megat2i.topology import ParallelGroups
 
 NON_FINITE_STEPS = 10  # in a row, after which a run has diverged for good
@@ -32,28 +34,30 @@ class RunError(RuntimeError):
 
 
 def train_step(
-    model: GPT, engine: Engine, batches: list[Batch], loss: ModalityLoss, groups: ParallelGroups, lr: float
+    pipeline: Pipeline, engine: Engine, batches: list[Batch], loss: ModalityLoss, groups: ParallelGroups, lr: float
 ) -> tuple[StepMetrics, float]:
     """One optimizer step over ``batches``, the micro-batches of this data-parallel rank.
 
-    Returns what was measured over the global batch, and the gradient norm before clipping.
+    Returns what was measured over the global batch, and the gradient norm before clipping; the same on all ranks.
     """
-    counts = _summed(count_tokens([batch.modality for batch in batches]), groups)  # the only normaliser there is
-    sums = run_schedule(model, batches, loss, counts, engine.loss_scale)
+    counts = _summed(count_tokens([b.modality for b in batches]), groups.data)  # the only normaliser there is
+    sums = pipeline.run_schedule(batches, loss, counts, engine.loss_scale)
     grad_norm = engine.step(lr)
-    return StepMetrics(*_summed(sums, groups), counts, loss.weights), grad_norm
+    return StepMetrics(*_summed(sums, groups.data, groups.pipeline), counts, loss.weights), grad_norm
 
 
-def evaluate(model: GPT, batches: list[Batch], loss: ModalityLoss, groups: ParallelGroups) -> StepMetrics:
+def evaluate(pipeline: Pipeline, batches: list[Batch], loss: ModalityLoss, groups: ParallelGroups) -> StepMetrics:
     """Validation over this rank's ``batches``, with the same break-down as a training step."""
-    counts = _summed(count_tokens([batch.modality for batch in batches]), groups)
-    return StepMetrics(*_summed(run_forward(model, batches), groups), counts, loss.weights)
+    counts = _summed(count_tokens([b.modality for b in batches]), groups.data)
+    sums = pipeline.run_forward(batches)
+    return StepMetrics(*_summed(sums, groups.data, groups.pipeline), counts, loss.weights)
 
 
-def _summed(values: Tensor, groups: ParallelGroups) -> Tensor:
+def _summed(values: Tensor, *groups: ProcessGroup) -> Tensor:
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     total = values.to(device)
-    dist.all_reduce(total, group=groups.data)
+    for group in groups:
+        dist.all_reduce(total, group=group)
     return total.cpu()
 
 
@@ -71,15 +75,18 @@ class Data:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that ``train`` works with. ``draw`` makes images [B, 3, H, W] of the configured prompts, if asked."""
+    """Everything that ``train`` works with. ``draw`` makes images [B, 3, H, W] of the configured prompts, if asked.
+
+    All ranks of the first copy of the model draw together.
+    """
 
     config: Config
-    model: GPT
+    pipeline: Pipeline
     engine: Engine
     data: Data
     loss: ModalityLoss
     groups: ParallelGroups
-    device: torch.device
+    backend: Backend
     draw: Callable[[], np.ndarray] | None
 
     @property
@@ -97,14 +104,15 @@ def train(run: Run, first_step: int) -> None:
     leader = dist.get_rank() == 0
     log = MetricsLog(Path(run.config.run.dir), first_step) if leader else None
     bar = Progress(first_step, last_step) if leader else None
-    flops = run.model.flops_per_token(run.config.data.sequence_length)
-    peak = peak_flops(run.device, run.model.output.weight.dtype)
+    columns = sum(stop - start for start, stop in run.config.vocab_layout.ranges)
+    flops = flops_per_token(run.config.model, columns, run.config.data.sequence_length)
+    peak = peak_flops(run.backend.device, run.backend.dtype)
     non_finite = 0
     for step in range(first_step + 1, last_step + 1):
         started = time.perf_counter()
         lr = learning_rate(step - 1, run.config.optimizer, training)
         batches = run.data.micro_batches(step - 1)
-        metrics, grad_norm = train_step(run.model, run.engine, batches, run.loss, run.groups, lr)
+        metrics, grad_norm = train_step(run.pipeline, run.engine, batches, run.loss, run.groups, lr)
         seconds = time.perf_counter() - started
         non_finite = 0 if math.isfinite(grad_norm) else non_finite + 1
         if leader:
@@ -133,11 +141,13 @@ def _after_step(run: Run, step: int, last: bool, log: MetricsLog | None) -> None
         return step == training.steps or (every > 0 and step % every == 0)
 
     if run.data.validation and due(training.evaluate_every):
-        metrics = evaluate(run.model, run.data.validation, run.loss, run.groups)
+        metrics = evaluate(run.pipeline, run.data.validation, run.loss, run.groups)
         if log:
             log.write({"step": step, "split": "valid", **metrics.as_dict()})
-    if training.sample_every and due(training.sample_every) and log:
-        log.images(step, run.draw(), run.config.sampling.prompts)
+    if run.draw and due(training.sample_every):
+        images = run.draw()
+        if log:
+            log.images(step, images, run.config.sampling.prompts)
     if last or due(training.checkpoint_every):
         if log:
             log.sync()  # a power cut must not leave a checkpoint that is ahead of the record

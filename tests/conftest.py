@@ -188,7 +188,7 @@ def pretrain(repository, run_config):
 
 @pytest.fixture(scope="session")
 def make_training():
-    """Function of (engine name or None, Config) -> (model, engine, groups); to be called on every rank."""
+    """Function of (engine name or None, Config) -> (pipeline, engine, groups); to be called on every rank."""
     # Slow imports, here once instead of in every forked rank (optimizers load them when first used).
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     import torch._dynamo  # noqa: F401
@@ -197,19 +197,22 @@ def make_training():
     from megat2i.model.gpt import GPT
     from megat2i.optim.deepspeed_engine import DeepSpeedEngine
     from megat2i.optim.torch_engine import TorchEngine
+    from megat2i.pipeline import Pipeline
+    from megat2i.pretrain import part_of
     from megat2i.runtime import DTYPES
     from megat2i.topology import ParallelGroups
 
-    def make(engine: str, config: Config):
-        dtype, layout = DTYPES[config.runtime.dtype], config.vocab_layout
-        model = GPT(config.model, layout.size, layout.ranges, choose_ops(torch.device("cpu"), dtype)).to(dtype)
+    def make(engine: str | None, config: Config):
+        dtype, device = DTYPES[config.runtime.dtype], torch.device("cpu")
+        groups = ParallelGroups.create(config.parallel)
+        part = part_of(config, groups)
+        model = GPT.empty(config.model, config.vocab_layout, choose_ops(device, dtype), device, dtype, part)
         model.initialise(config.model.seed)
-        groups = ParallelGroups.create(config.parallel, "cpu")
+        pipeline = Pipeline(model, groups, config.parallel.schedule)
         if engine is None:
-            return model, None, groups
-        if engine == "torch":
-            return model, TorchEngine(model, config.optimizer, groups), groups
-        return model, DeepSpeedEngine(model, config.optimizer, config.training, groups), groups
+            return pipeline, None, groups
+        kind = TorchEngine if engine == "torch" else DeepSpeedEngine
+        return pipeline, kind(model, config.optimizer, config.training, groups), groups
 
     return make
 

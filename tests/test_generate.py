@@ -192,8 +192,8 @@ def run_folder(run_config, tiny_store, make_training, tmp_path):
 
     def save():
         for step in (2, 10):
-            model, _, groups = make_training(None, replace(settings, model=replace(settings.model, seed=step)))
-            engine = TorchEngine(model, settings.optimizer, groups)
+            changed = replace(settings, model=replace(settings.model, seed=step))
+            _, engine, groups = make_training("torch", changed)
             checkpoint.save(tmp_path / "run" / "checkpoints", step, engine, groups.layout(), keep=5)
         return None
 
@@ -208,8 +208,8 @@ def step_of(run_dir, make_training, settings):
     def first_weights():
         result = {}
         for step in (2, 10):
-            model, *_ = make_training(None, replace(settings, model=replace(settings.model, seed=step)))
-            result[step] = model.output.weight[0].tolist()
+            pipeline, *_ = make_training(None, replace(settings, model=replace(settings.model, seed=step)))
+            result[step] = pipeline.model.output.weight[0].tolist()
         return result
 
     weights = run_ranks(1, first_weights)[0]

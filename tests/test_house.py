@@ -11,12 +11,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     {"kernels"},
-    {"config", "config_limits", "files", "vocab", "runtime", "topology"},
+    {"config", "config_identity", "config_limits", "files", "vocab", "runtime", "topology"},
     {"parallel", "data", "tokenizers"},
     {"model", "loss"},
-    {"optim", "pipeline", "checkpoint"},
+    {"optim", "pipeline", "pipeline_order", "checkpoint"},
     {"trainer", "metrics", "generate", "evaluate", "experiments", "pictures"},
-    {"pretrain", "run_folder", "pretrain_t2i", "tools"},
+    {"pretrain", "run_folder", "planner", "pretrain_t2i", "tools"},
 )
 PRODUCT = sorted(
     [

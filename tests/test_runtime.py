@@ -137,7 +137,7 @@ def test_start_seeds_and_joins(environment, tiny_config):
 
 def test_groups_of_two_data_parallel_ranks():
     def run():
-        groups = ParallelGroups.create(ParallelConfig(), "cpu")
+        groups = ParallelGroups.create(ParallelConfig())
         total = torch.tensor([10.0 ** dist.get_rank()])
         dist.all_reduce(total, group=groups.data)
         return groups.data_rank, groups.data_size, groups.layout(), total.item()
@@ -147,7 +147,7 @@ def test_groups_of_two_data_parallel_ranks():
 
 def test_tensor_parallel_ranks_are_innermost():
     def run():
-        groups = ParallelGroups.create(ParallelConfig(tensor=2), "cpu")
+        groups = ParallelGroups.create(ParallelConfig(tensor=2))
         return groups.data_rank, groups.data_size, groups.layout(), sorted(dist.get_process_group_ranks(groups.data))
 
     ranks = run_ranks(4, run)

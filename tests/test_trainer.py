@@ -13,7 +13,7 @@ from megat2i import trainer
 from megat2i.config import LossConfig
 from megat2i.loss import ModalityLoss, count_tokens
 from megat2i.optim.engine import EXP_AVG
-from megat2i.pipeline import run_schedule
+from megat2i.runtime import Backend
 from megat2i.trainer import Data, Run, evaluate, train_step
 
 # (engine, ranks, micro-batch): the first is the oracle, one process with one big batch
@@ -53,21 +53,21 @@ def run_steps(make_training, make_batches):
     """Function of (layout, Config) -> record of three steps: metrics, gradient norms, parameters, first gradients."""
 
     def steps(engine_name, config, step_function):
-        model, engine, groups = make_training(engine_name, config)
+        pipeline, engine, groups = make_training(engine_name, config)
         loss = ModalityLoss((config.loss.text, config.loss.image, config.loss.special), config.loss.z_loss)
         record = {"metrics": [], "grad_norm": []}
         for step in range(STEPS):
             batches = make_batches(config, step, groups.data_rank, groups.data_size)
-            metrics, norm = step_function(model, engine, batches, loss, groups, lr=1e-2)
+            metrics, norm = step_function(pipeline, engine, batches, loss, groups, lr=1e-2)
             record["metrics"].append(metrics.as_dict())
             record["grad_norm"].append(norm)
             if step == 0:  # Adam's first moment is (1 - beta1) times the gradient
                 record["fragments"] = [
-                    (part.name, part.shape, part.start, part.values.numpy().copy())
+                    (part.name, part.shard.shape, part.start, part.values.numpy().copy())
                     for part in engine.fragments()
-                    if part.kind == EXP_AVG
+                    if part.kind == EXP_AVG and part.written
                 ]
-        record["parameters"] = {name: p.detach().float().numpy() for name, p in model.named_parameters()}
+        record["parameters"] = {name: p.detach().float().numpy() for name, p in pipeline.model.named_parameters()}
         return record
 
     def run(layout, config, step_function=train_step):
@@ -153,14 +153,14 @@ def test_weighted_modalities_train_alike(run_steps, configure, oracle, layout):
         assert_same_training(found, oracle("float32"), FLOAT32)
 
 
-def mean_of_means_step(model, engine, batches, loss, groups, lr):
+def mean_of_means_step(pipeline, engine, batches, loss, groups, lr):
     """The mistake: every micro-batch is normalised by its own counts, and the means are averaged."""
     counts = count_tokens([batch.modality for batch in batches])
     for batch in batches:
         own = count_tokens([batch.modality])
-        run_schedule(model, [batch], loss, own, engine.loss_scale / len(batches) / groups.data_size)
+        pipeline.run_schedule([batch], loss, own, engine.loss_scale / len(batches) / groups.data_size)
     dist.all_reduce(counts)
-    sums = trainer._summed(trainer.run_forward(model, batches), groups)
+    sums = trainer._summed(pipeline.run_forward(batches), groups.data)
     return trainer.StepMetrics(*sums, counts, loss.weights), engine.step(lr)
 
 
@@ -177,9 +177,9 @@ def test_a_mean_of_means_is_noticed(run_steps, configure, oracle):
 
 @pytest.mark.parametrize("engine", ["torch", "deepspeed"])
 def test_a_wrong_loss_scale_is_noticed(run_steps, configure, oracle, engine):
-    def doubled(model, engine, batches, loss, groups, lr):
+    def doubled(pipeline, engine, batches, loss, groups, lr):
         engine.loss_scale *= 2
-        result = train_step(model, engine, batches, loss, groups, lr)
+        result = train_step(pipeline, engine, batches, loss, groups, lr)
         engine.loss_scale /= 2
         return result
 
@@ -203,10 +203,10 @@ def test_evaluation_equals_the_loss_of_a_step_and_leaves_no_gradient(
 ):
     def run():
         config = configure(2)
-        model, _, groups = make_training("torch", config)
+        pipeline, _, groups = make_training("torch", config)
         batches = make_batches(config, 0, groups.data_rank, groups.data_size)
-        metrics = evaluate(model, batches, ModalityLoss((1.0, 1.0, 1.0)), groups)
-        return metrics.as_dict(), all(p.grad is None for p in model.parameters())
+        metrics = evaluate(pipeline, batches, ModalityLoss((1.0, 1.0, 1.0)), groups)
+        return metrics.as_dict(), all(p.grad is None for p in pipeline.model.parameters())
 
     for metrics, clean in run_ranks(ranks, run):
         assert clean
@@ -217,21 +217,21 @@ def test_evaluation_equals_the_loss_of_a_step_and_leaves_no_gradient(
 def test_a_batch_without_positions_of_weight_is_an_error(make_training, make_batches, configure):
     def run():
         config = configure(2)
-        model, engine, groups = make_training("torch", config)
+        pipeline, engine, groups = make_training("torch", config)
         batches = make_batches(config, 0)
         empty = [replace(batch, modality=torch.full_like(batch.modality, -1)) for batch in batches]
         with pytest.raises(ValueError, match="no position"):
-            train_step(model, engine, empty, ModalityLoss((1.0, 1.0, 1.0)), groups, lr=1e-2)
+            train_step(pipeline, engine, empty, ModalityLoss((1.0, 1.0, 1.0)), groups, lr=1e-2)
 
     run_ranks(1, run)
 
 
 def run_loop(make_training, make_batches, config, draw=None, engine="torch"):
     """``trainer.train`` over random batches from step 0, with one validation batch."""
-    model, engine, groups = make_training(engine, config)
+    pipeline, engine, groups = make_training(engine, config)
     data = Data(lambda step: make_batches(config, step), make_batches(config, 99)[:1])
     loss = ModalityLoss((1.0, 1.0, 1.0))
-    trainer.train(Run(config, model, engine, data, loss, groups, torch.device("cpu"), draw), 0)
+    trainer.train(Run(config, pipeline, engine, data, loss, groups, Backend.resolve(config), draw), 0)
 
 
 def loop_config(configure, tmp_path, **training):

@@ -1,85 +1,153 @@
-"""The decoder-only transformer: token embedding, blocks, final norm and the loss head.
+"""The decoder-only transformer, or the part of it that a rank holds: token embedding, blocks, final norm, loss head.
 
-Architecture and initialisation are open_lm's. In training ``forward`` returns the loss of every token and holds a chunk
-of logits at most; ``logits`` is for evaluation. Parameter names are open_lm's and count layers globally.
+Architecture and initialisation are open_lm's. In training the last stage returns the loss of every token and holds a
+chunk of logits at most; ``logits`` is for evaluation. Parameter names are open_lm's and count layers globally, whatever
+part of the model a rank holds.
 """
 
 import hashlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from megat2i.config import ModelConfig
 from megat2i.kernels import Ops, TokenLosses
-from megat2i.model.layers import INIT_CUT, Block, LayerCache, Norm, Positions
+from megat2i.model.layers import INIT_CUT, Block, BlockShape, HeadsNorm, LayerCache, Norm, Positions
+from megat2i.model.partition import StageLayers
+from megat2i.parallel.collectives import ALONE, TensorParallel
+from megat2i.parallel.layers import ShardedModule, WeightGradients
+from megat2i.parallel.shard import Shard
+from megat2i.parallel.vocabulary import Blocks, VocabParallelEmbedding, VocabParallelHead
 from megat2i.vocab import IGNORE, VocabLayout
 
 
+class Part(NamedTuple):
+    """Which part of the model a rank holds. ``stages``: its pipeline stages; ``recompute``: as ``Block``'s."""
+
+    parallel: TensorParallel = ALONE
+    stages: tuple[StageLayers, ...] | None = None  # None: the whole model as one stage
+    recompute: str = "none"
+
+
+WHOLE_MODEL = Part()
+
+
 class Cache:
-    """Keys and values of all layers: static storage for ``max_length`` positions, ``length`` of them written.
+    """Keys and values of a rank's layers: static storage for ``max_length`` positions, ``length`` of them written.
 
     ``first`` [B] is the position where each row's own tokens begin: what stands before is padding that nothing looks at
     (rows of unequal length are padded on the left).
     """
 
-    def __init__(self, layers: list[LayerCache], first: Tensor | None):
+    def __init__(self, layers: dict[str, LayerCache], first: Tensor | None):
         self.layers, self.first, self.length = layers, first, 0
 
 
 class GPT(nn.Module):
     """open_lm's transformer over ``rows`` vocabulary rows.
 
-    ``ranges``: the id ranges that receive probability in the loss. A freshly built model has uninitialised weights:
-    call ``initialise`` or load a state.
+    ``ranges``: the id ranges that receive probability in the loss; ``blocks``: the blocks of the tables that tensor
+    parallelism stripes. A freshly built model has uninitialised weights: call ``initialise`` or load a state.
     """
 
-    def __init__(self, shape: ModelConfig, rows: int, ranges: tuple[tuple[int, int], ...], ops: Ops):
+    def __init__(
+        self,
+        shape: ModelConfig,
+        rows: int,
+        ranges: tuple[tuple[int, int], ...],
+        ops: Ops,
+        blocks: Blocks | None = None,
+        part: Part = WHOLE_MODEL,
+    ):
         super().__init__()
-        self.shape, self.ranges, self.ops = shape, ranges, ops
-        self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(rows, shape.hidden), freeze=False)
+        self.shape, self.ranges, self.ops, self.parallel = shape, ranges, ops, part.parallel
+        self.stages = part.stages or (StageLayers(0, shape.layers, embedding=True, head=True),)
+        self.weight_gradients = WeightGradients()
+        blocks, norm = blocks or ((0, rows),), (shape.hidden, shape.norm, shape.norm_eps)
+        block = BlockShape(shape.hidden, shape.heads, shape.ffn_hidden, shape.norm, shape.norm_eps, shape.qk_norm)
+        if any(stage.embedding for stage in self.stages):
+            self.tok_embeddings = VocabParallelEmbedding(rows, shape.hidden, blocks, self.parallel)
         self.layers = nn.ModuleDict(
             {
-                str(layer): Block(
-                    shape.hidden, shape.heads, shape.ffn_hidden, shape.norm, shape.norm_eps, shape.qk_norm, ops
-                )
-                for layer in range(shape.layers)
+                str(layer): Block(block, ops, self.parallel, self.weight_gradients, part.recompute)
+                for stage in self.stages
+                for layer in range(stage.first, stage.stop)
             }
         )
-        self.norm = Norm(shape.hidden, shape.norm, shape.norm_eps, ops)
-        self.output = nn.Linear(shape.hidden, rows, bias=False)
+        if any(stage.head for stage in self.stages):
+            self.norm = Norm(*norm, ops, self.parallel)
+            self.output = VocabParallelHead(rows, shape.hidden, blocks, self.parallel)
 
     @staticmethod
-    def empty(shape: ModelConfig, vocab: VocabLayout, ops: Ops, device: torch.device, dtype: torch.dtype) -> "GPT":
+    def empty(
+        shape: ModelConfig,
+        vocab: VocabLayout,
+        ops: Ops,
+        device: torch.device,
+        dtype: torch.dtype,
+        part: Part = WHOLE_MODEL,
+    ) -> "GPT":
         """A model for ``vocab`` on ``device`` in ``dtype``, its weights still to be set."""
         with torch.device("meta"):
-            model = GPT(shape, vocab.size, vocab.ranges, ops)
+            # image rows first: their shares begin at a multiple of 256 rows on every rank
+            model = GPT(shape, vocab.size, vocab.ranges, ops, vocab.blocks[::-1], part)
         return model.to(dtype).to_empty(device=device)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def shards(self) -> dict[str, Shard]:
+        """What this rank holds of every one of its parameters, by global name."""
+        shards = {name: Shard.whole(tuple(parameter.shape)) for name, parameter in self.named_parameters()}
+        for prefix, module in self.named_modules():
+            if isinstance(module, ShardedModule | HeadsNorm):
+                shards |= {f"{prefix}.{name}": module.shard for name, _ in module.named_parameters()}
+        return shards
 
     def forward(
         self, tokens: Tensor, targets: Tensor, token_weight: Tensor | None = None, z_loss: float = 0.0
     ) -> TokenLosses:
         """Per-token losses [B * S] of ``targets`` [B, S] (IGNORE: none) after ``tokens`` [B, S], both int64.
 
-        ``token_weight`` [B, S] float32 multiplies each token's loss.
+        ``token_weight`` [B, S] float32 multiplies each token's loss. For a rank that holds the whole depth.
         """
+        (stage,) = self.stages
+        return self.losses(self.run_stage(stage, tokens, None), targets, token_weight, z_loss)
+
+    def run_stage(self, stage: StageLayers, tokens: Tensor, x: Tensor | None, cache: Cache | None = None) -> Tensor:
+        """One pipeline stage: what leaves its last layer [N or N / t, D] for ``x``, what left the stage before it.
+
+        ``tokens`` [B, S] are the same on all stages; the first embeds them. With a cache they continue what it holds.
+        """
+        positions = self._positions(tokens, cache)
+        if stage.embedding:
+            x = self.tok_embeddings(tokens.flatten())
+        for layer in range(stage.first, stage.stop):
+            x = self.layers[str(layer)](x, positions, cache.layers[str(layer)] if cache else None)
+        return x
+
+    def losses(self, x: Tensor, targets: Tensor, token_weight: Tensor | None, z_loss: float) -> TokenLosses:
+        """The head of the last stage: losses [B * S] from what leaves the last layer."""
         return self.ops.linear_cross_entropy(
-            self.hidden_states(tokens).flatten(0, 1),
+            self.output.collect(self.norm(x)),
             self.output.weight,
             targets.flatten(),
             ranges=self.ranges,
+            blocks=self.output.blocks,
             z_loss=z_loss,
             token_weight=None if token_weight is None else token_weight.flatten(),
+            group=self.parallel.group,
         )
 
     def hidden_states(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """States [B, S, D] after the final norm; with a cache, ``tokens`` continue what it holds."""
-        positions = self._positions(tokens, cache)
-        x = self.tok_embeddings(tokens)
-        for index, block in enumerate(self.layers.values()):
-            x = block(x, positions, cache.layers[index] if cache else None)
+        (stage,) = self.stages
+        x = self.run_stage(stage, tokens, None, cache)
         if cache:
             cache.length += tokens.shape[1]
-        return self.norm(x)
+        return self.output.collect(self.norm(x)).view(*tokens.shape, -1)
 
     def logits(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits [B, S, V] in float32 of all rows of the vocabulary, never masked."""
@@ -87,8 +155,15 @@ class GPT(nn.Module):
 
     def next_logits(self, tokens: Tensor, cache: Cache, columns: slice) -> Tensor:
         """Logits [B, columns] in float32 after the last of ``tokens`` [B, S]: only the rows that may be drawn."""
-        last = self.hidden_states(tokens, cache)[:, -1]
-        return (last @ self.output.weight[columns].T).float()
+        (stage,) = self.stages
+        x = self.run_stage(stage, tokens, None, cache)
+        cache.length += tokens.shape[1]
+        return self.last_logits(x, len(tokens), columns)
+
+    def last_logits(self, x: Tensor, batch: int, columns: slice) -> Tensor:
+        """Logits [B, columns] in float32 of the last position, from what leaves the last layer."""
+        last = self.output.collect(self.norm(x)).view(batch, -1, x.shape[-1])[:, -1]
+        return self.output(last, columns).float()
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy over the targets [B, S] that are not IGNORE; a scalar."""
@@ -96,15 +171,15 @@ class GPT(nn.Module):
 
     def new_cache(self, batch: int, max_length: int, first: Tensor | None = None) -> Cache:
         """An empty cache for ``batch`` rows; ``first`` [B]: left padding of each row (None: none)."""
-        weight = self.output.weight
-        layers = [
-            LayerCache(batch, self.shape.heads, max_length, self.shape.head_dim, weight.device, weight.dtype)
-            for _ in self.layers
-        ]
+        heads, like = self.shape.heads // self.parallel.size, next(self.parameters())
+        layers = {
+            name: LayerCache(batch, heads, max_length, self.shape.head_dim, like.device, like.dtype)
+            for name in self.layers
+        }
         return Cache(layers, first)
 
     def _positions(self, tokens: Tensor, cache: Cache | None) -> Positions:
-        length, start = tokens.shape[1], cache.length if cache else 0
+        (batch, length), start = tokens.shape, cache.length if cache else 0
         index = torch.arange(start, start + length, device=tokens.device)
         first = cache.first if cache else None
         mask = None
@@ -119,35 +194,27 @@ class GPT(nn.Module):
             else:
                 mask = visible[None, None]
         if self.shape.positions == "none":
-            return Positions(mask=mask, start=start)
+            return Positions(batch, mask=mask, start=start)
         if first is not None:
             index = (index[None, :] - first[:, None]).clamp(min=0)[:, None, :]  # [B, 1, S]
         half = torch.arange(0, self.shape.head_dim, 2, device=tokens.device, dtype=torch.float32)
         angles = index[..., None].float() * self.shape.rotary_base ** (-half / self.shape.head_dim)
-        return Positions(angles.cos(), angles.sin(), mask, start)
+        return Positions(batch, angles.cos(), angles.sin(), mask, start)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """open_lm's initial weights, every tensor drawn by its own name: the same whatever part a rank holds."""
+        """open_lm's initial weights; every tensor is drawn whole by its own name, and a rank keeps its part of it."""
+        shards = self.shards()
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
+            shape = shards[name].shape
+            if len(shape) == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
-            std = parameter.shape[1] ** -0.5
+            std = shape[1] ** -0.5
             if name.startswith("layers.") and name.endswith(("out_proj.weight", "w3.weight")):
                 std /= (2 * (int(name.split(".")[1]) + 1)) ** 0.5
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            values = torch.empty(parameter.shape, dtype=torch.float32)
+            values = torch.empty(shape, dtype=torch.float32)
             nn.init.trunc_normal_(values, std=std, a=-INIT_CUT * std, b=INIT_CUT * std, generator=generator)
-            parameter.copy_(values)
-
-    def flops_per_token(self, sequence_length: int) -> float:
-        """Training FLOPs a token: 6 x (parameters that multiply) + causal attention, recomputation not counted.
-
-        The embedding look-up multiplies nothing; unused vocabulary rows are not computed. Attention counts the causal
-        half: 12 x layers x hidden x S / 2 (forward and backward).
-        """
-        columns = sum(end - start for start, end in self.ranges)
-        matrices = sum(p.numel() for p in self.layers.parameters() if p.dim() == 2) + columns * self.shape.hidden
-        return 6 * matrices + 6 * self.shape.layers * self.shape.hidden * sequence_length
+            parameter.copy_(shards[name].cut(values))

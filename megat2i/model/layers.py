@@ -1,32 +1,82 @@
 """The layers of open_lm's decoder block: norm, attention with optional qk-norm and rotary positions, SwiGLU.
 
 Parameters carry open_lm's names and shapes, so its checkpoints load without a map. Layers receive plain callables
-(``Ops``) and numbers, never a configuration. Shape suffixes: B batch, S sequence, D hidden, H heads, W head width.
+(``Ops``), numbers and the ranks that share them, never a configuration. Between the layers stand tokens [N, D], N = B x
+S of them (with sequence parallelism this rank's N / t). Shape suffixes: B batch, S sequence, D hidden, H heads of this
+rank, W head width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megat2i.kernels import Ops
+from megat2i.parallel.collectives import TensorParallel, gather_statistics, shared_parameter
+from megat2i.parallel.layers import ColumnParallelLinear, RowParallelLinear, WeightGradients
+from megat2i.parallel.shard import Shard
 
 INIT_CUT = 3.0  # open_lm cuts its normal initialisation at 3 standard deviations
 
 
-class Norm(nn.Module):
-    """LayerNorm (with bias or gain only) or RMSNorm over the last dimension, with a gain."""
+@dataclass(frozen=True)
+class BlockShape:
+    """What a block is made of. ``norm``: layer_norm | layer_norm_gain_only | rms_norm."""
 
-    def __init__(self, width: int, kind: str, eps: float, ops: Ops):
+    hidden: int
+    heads: int
+    ffn: int
+    norm: str
+    eps: float
+    qk_norm: bool
+
+
+class Norm(nn.Module):
+    """LayerNorm (with bias or gain only) or RMSNorm over the last dimension, with a gain; the same on all ranks."""
+
+    def __init__(self, width: int, kind: str, eps: float, ops: Ops, parallel: TensorParallel):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width)) if kind == "layer_norm" else None
-        self.kind, self.eps, self.ops = kind, eps, ops
+        self.kind, self.eps, self.ops, self.parallel = kind, eps, ops, parallel
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = shared_parameter(self.weight, self.parallel)
         if self.kind == "rms_norm":
-            return self.ops.rms_norm(x, self.weight, self.eps)
-        return self.ops.layer_norm(x, self.weight, self.bias, self.eps)
+            return self.ops.rms_norm(x, weight, self.eps)
+        bias = None if self.bias is None else shared_parameter(self.bias, self.parallel)
+        return self.ops.layer_norm(x, weight, bias, self.eps)
+
+
+class HeadsNorm(nn.Module):
+    """The norm of a query or key vector over all heads together, of which this rank holds its part.
+
+    open_lm normalises before the heads are split, so the statistics are of all ranks' heads.
+    """
+
+    def __init__(self, width: int, kind: str, eps: float, ops: Ops, parallel: TensorParallel):
+        super().__init__()
+        self.shard = Shard((width,), 0, (parallel.share(width),))
+        self.weight = nn.Parameter(torch.empty(self.shard.local_shape))
+        self.bias = nn.Parameter(torch.empty(self.shard.local_shape)) if kind == "layer_norm" else None
+        self.kind, self.eps, self.ops, self.parallel = kind, eps, ops, parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.parallel.size == 1:
+            if self.kind == "rms_norm":
+                return self.ops.rms_norm(x, self.weight, self.eps)
+            return self.ops.layer_norm(x, self.weight, self.bias, self.eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = wide.mean(dim=-1, keepdim=True) if self.kind != "rms_norm" else torch.zeros_like(wide[:, :1])
+        spread = (wide - mean).square().mean(dim=-1, keepdim=True)
+        means, spreads = gather_statistics(torch.cat((mean, spread), dim=-1), self.parallel).split(1, dim=-1)
+        centre = means.mean(dim=0)
+        # parts of equal size: the variance of all is the mean of the parts' variances about the common centre
+        variance = (spreads + (means - centre).square()).mean(dim=0)
+        normed = (wide - centre) * torch.rsqrt(variance + self.eps) * self.weight
+        return (normed if self.bias is None else normed + self.bias).to(x.dtype)
 
 
 class LayerCache:
@@ -48,10 +98,12 @@ class LayerCache:
 class Positions:
     """What attention needs to know about where the tokens stand; made once a forward pass.
 
-    ``cosine`` and ``sine`` [S, W/2] or [B, 1, S, W/2] (None without rotary positions); ``mask`` [B, 1, S, keys],
-    True where a query may look (None: causal); ``start``: position in the cache of the first token.
+    ``batch``: rows B that the N tokens are. ``cosine`` and ``sine`` [S, W/2] or [B, 1, S, W/2] (None without rotary
+    positions); ``mask`` [B, 1, S, keys], True where a query may look (None: causal); ``start``: position in the cache
+    of the first token.
     """
 
+    batch: int
     cosine: Tensor | None = None
     sine: Tensor | None = None
     mask: Tensor | None = None
@@ -59,56 +111,92 @@ class Positions:
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention. in_proj's rows are [Q; K; V], each head-major."""
+    """Multi-head causal self-attention. in_proj's rows are [Q; K; V], each head-major; ranks share the heads."""
 
-    def __init__(self, hidden: int, heads: int, qk_norm: bool, norm: str, eps: float, ops: Ops):
+    def __init__(self, shape: BlockShape, ops: Ops, parallel: TensorParallel, gradients: WeightGradients):
         super().__init__()
-        self.heads, self.head_dim, self.ops = heads, hidden // heads, ops
-        self.in_proj = nn.Linear(hidden, 3 * hidden, bias=False)
-        self.out_proj = nn.Linear(hidden, hidden, bias=False)
-        # open_lm normalises the whole vector of all heads, before it is split
-        self.q_norm = Norm(hidden, norm, eps, ops) if qk_norm else None
-        self.k_norm = Norm(hidden, norm, eps, ops) if qk_norm else None
+        hidden = shape.hidden
+        self.heads, self.ops = shape.heads // parallel.size, ops
+        self.in_proj = ColumnParallelLinear(hidden, (hidden,) * 3, parallel, gradients)
+        self.out_proj = RowParallelLinear(hidden, hidden, parallel, gradients)
+        norm = (hidden, shape.norm, shape.eps, ops, parallel)
+        self.q_norm = HeadsNorm(*norm) if shape.qk_norm else None
+        self.k_norm = HeadsNorm(*norm) if shape.qk_norm else None
 
-    def forward(self, x: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
-        batch, length, hidden = x.shape
-        q, k, v = self.in_proj(x).split(hidden, dim=-1)
+    def attend(self, qkv: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
+        """[N, 3 x H x W] -> [N, H x W]."""
+        q, k, v = qkv.chunk(3, dim=-1)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.view(batch, length, self.heads, self.head_dim).transpose(1, 2) for t in (q, k, v))  # [B, H, S, W]
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).unflatten(0, (positions.batch, -1)) for t in (q, k, v))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, S, W]
         if positions.cosine is not None:
             q = self.ops.rotary(q, positions.cosine, positions.sine)
             k = self.ops.rotary(k, positions.cosine, positions.sine)
         if cache is not None:
             k, v = cache.append(positions.start, k, v)
         out = self.ops.attention(q, k, v, positions.mask)
-        return self.out_proj(out.transpose(1, 2).reshape(batch, length, hidden))
+        return out.transpose(1, 2).reshape(qkv.shape[0], -1)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU. w12's rows are [gate; up]."""
+    """SwiGLU. w12's rows are [gate; up]; ranks share the columns between the two products."""
 
-    def __init__(self, hidden: int, ffn: int, ops: Ops):
+    def __init__(self, shape: BlockShape, ops: Ops, parallel: TensorParallel, gradients: WeightGradients):
         super().__init__()
-        self.w12 = nn.Linear(hidden, 2 * ffn, bias=False)
-        self.w3 = nn.Linear(ffn, hidden, bias=False)
+        self.w12 = ColumnParallelLinear(shape.hidden, (shape.ffn,) * 2, parallel, gradients)
+        self.w3 = RowParallelLinear(shape.ffn, shape.hidden, parallel, gradients)
         self.ops = ops
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w12(x).chunk(2, dim=-1)
-        return self.w3(self.ops.swiglu(gate, up))
+    def activate(self, gate_up: Tensor) -> Tensor:
+        """[N, 2F] -> [N, F]."""
+        return self.ops.swiglu(*gate_up.chunk(2, dim=-1))
 
 
 class Block(nn.Module):
-    """Pre-norm decoder block with sequential residuals."""
+    """Pre-norm decoder block with sequential residuals.
 
-    def __init__(self, hidden: int, heads: int, ffn: int, norm: str, eps: float, qk_norm: bool, ops: Ops):
+    ``recompute``: what the backward pass computes again instead of keeping it. "selective": all that costs no matrix
+    product of the layers, that is norms, rotary positions, attention and SwiGLU (Korthikanti et al. 2022, section 5);
+    "full": everything but the block's input.
+    """
+
+    def __init__(
+        self, shape: BlockShape, ops: Ops, parallel: TensorParallel, gradients: WeightGradients, recompute: str
+    ):
         super().__init__()
-        self.attention_norm = Norm(hidden, norm, eps, ops)
-        self.attention = Attention(hidden, heads, qk_norm, norm, eps, ops)
-        self.ffn_norm = Norm(hidden, norm, eps, ops)
-        self.feed_forward = FeedForward(hidden, ffn, ops)
+        norm = (shape.hidden, shape.norm, shape.eps, ops, parallel)
+        self.attention_norm = Norm(*norm)
+        self.attention = Attention(shape, ops, parallel, gradients)
+        self.ffn_norm = Norm(*norm)
+        self.feed_forward = FeedForward(shape, ops, parallel, gradients)
+        self.recompute = recompute
 
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), positions, cache)
-        return x + self.feed_forward(self.ffn_norm(x))
+        if self.recompute == "full" and torch.is_grad_enabled():
+            return checkpoint(self._run, x, positions, None, use_reentrant=False, preserve_rng_state=False)
+        return self._run(x, positions, cache)
+
+    def _run(self, x: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
+        attention, feed_forward = self.attention, self.feed_forward
+        cheap = _recomputed if self.recompute == "selective" and torch.is_grad_enabled() else _kept
+        qkv = cheap(self.attention_norm, attention.in_proj, x)
+        x = x + cheap(lambda qkv: attention.attend(qkv, positions, cache), attention.out_proj, qkv)
+        gate_up = cheap(self.ffn_norm, feed_forward.w12, x)
+        return x + cheap(feed_forward.activate, feed_forward.w3, gate_up)
+
+
+def _kept(function: Callable[[Tensor], Tensor], linear: nn.Module, x: Tensor) -> Tensor:
+    return linear(function(x))
+
+
+def _recomputed(function: Callable[[Tensor], Tensor], linear: nn.Module, x: Tensor) -> Tensor:
+    """``linear(function(x))`` that keeps x alone: the backward pass calls ``function`` again, but never the product."""
+    calls = 0
+
+    def run(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return linear(function(x), computed=calls == 1)
+
+    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)

@@ -12,11 +12,13 @@ import os
 
 import deepspeed
 import torch
-from torch import nn
 
 from megat2i.config import OptimizerConfig, TrainingConfig
-from megat2i.optim.engine import EXP_AVG, EXP_AVG_SQ, WEIGHT, Fragment
-from megat2i.topology import ParallelGroups
+from megat2i.model.gpt import GPT
+from megat2i.optim.engine import EXP_AVG, EXP_AVG_SQ, WEIGHT, Fragment, first_of_tensor_copies
+from megat2i.topology import ModelParallelUnit, ParallelGroups
+
+REDUCE_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 class DeepSpeedEngine:
@@ -24,7 +26,7 @@ class DeepSpeedEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: GPT,
         optimizer: OptimizerConfig,
         training: TrainingConfig,
         groups: ParallelGroups,
@@ -32,6 +34,9 @@ class DeepSpeedEngine:
     ):
         deepspeed.utils.logger.setLevel(logging.WARNING)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for name, shard in model.shards().items():
+            if name in parameters and not shard.is_whole:  # by this DeepSpeed counts what it adds up to the norm
+                parameters[name].tensor_model_parallel = True
         bfloat16 = next(iter(parameters.values())).dtype == torch.bfloat16
         adam = torch.optim.AdamW(
             list(parameters.values()),
@@ -50,16 +55,19 @@ class DeepSpeedEngine:
             "zero_allow_untested_optimizer": False,
             "bf16": {"enabled": bfloat16, "immediate_grad_update": bfloat16},
             "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": REDUCE_DTYPES[optimizer.reduce_dtype],
         }
         # DeepSpeed insists on the variable, which srun and a process without a launcher do not set.
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
         with contextlib.redirect_stdout(io.StringIO()):  # memory figures that it prints whatever the log level
-            self.engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings)
+            self.engine, *_ = deepspeed.initialize(
+                model=model, optimizer=adam, config=settings, mpu=ModelParallelUnit(groups)
+            )
         self.loss_scale = float(groups.data_size)
         self.updates = 0
         self.zero = self.engine.optimizer
         self.adam = self.zero.optimizer
-        self.parameters = parameters
+        self.parameters, self.shards, self.groups = parameters, model.shards(), groups
         self.masters = self.zero.fp32_groups_flat_partition if bfloat16 else self.zero.single_partition_of_fp32_groups
         if len(self.masters) != 1:
             raise RuntimeError(f"expected one parameter group in ZeRO, found {len(self.masters)}")
@@ -83,10 +91,12 @@ class DeepSpeedEngine:
             state[EXP_AVG], state[EXP_AVG_SQ] = torch.zeros_like(master), torch.zeros_like(master)
         sources = ((WEIGHT, master.data), (EXP_AVG, state[EXP_AVG]), (EXP_AVG_SQ, state[EXP_AVG_SQ]))
         fragments = []
-        for name, parameter, in_parameter, in_flat in self._owned():
+        for name, _, in_parameter, in_flat in self._owned():
+            shard = self.shards[name]
+            written = first_of_tensor_copies(shard, self.groups)
             for kind, flat in sources:
                 values = flat.narrow(0, in_flat.start, in_flat.numel)
-                fragments.append(Fragment(name, kind, tuple(parameter.shape), in_parameter.start, values))
+                fragments.append(Fragment(name, kind, shard, in_parameter.start, values, written))
         return fragments
 
     @torch.no_grad()

@@ -5,23 +5,38 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from megat2i.parallel.shard import Box, Shard
+from megat2i.topology import ParallelGroups
+
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
 KINDS = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """A contiguous run of elements of one parameter's state that this rank owns.
+    """A contiguous run of elements of one parameter's state that this rank holds.
 
-    ``kind``: the float32 master weight or one of Adam's moments. ``values``: a 1-D float32 view of the live state,
-    elements ``start`` .. ``start + len(values)`` of the flattened tensor of ``shape``.
+    ``kind``: the float32 master weight or one of Adam's moments. ``shard``: the part of the global tensor that this
+    rank's local one is. ``values``: a 1-D float32 view of the live state, elements ``start`` .. ``start + len(values)``
+    of the flattened local tensor. ``written``: whether this rank saves them; of equal copies one rank does.
     """
 
     name: str
     kind: str
-    shape: tuple[int, ...]
+    shard: Shard
     start: int
     values: Tensor
+    written: bool
+
+    @property
+    def boxes(self) -> list[Box]:
+        """Where the values lie in the global tensor, in their order."""
+        return self.shard.boxes(self.start, self.start + self.values.numel())
+
+
+def first_of_tensor_copies(shard: Shard, groups: ParallelGroups) -> bool:
+    """Whether no tensor-parallel rank before this one holds the same part of a parameter."""
+    return groups.tensor_rank == 0 or not shard.is_whole
 
 
 class Engine(Protocol):
@@ -40,7 +55,7 @@ class Engine(Protocol):
         """One update at ``lr``; returns the global gradient norm before clipping. Non-finite norms change nothing."""
 
     def fragments(self) -> list[Fragment]:
-        """Every piece of state that this rank owns; over all ranks each element appears exactly once."""
+        """Every piece of state that this rank has to fill; over all ranks each element is written exactly once."""
 
     def loaded(self, updates: int) -> None:
         """To be called once the fragments' values were overwritten: refreshes weights derived from them."""

@@ -7,24 +7,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megat2i.config import OptimizerConfig
-from megat2i.optim.engine import EXP_AVG, EXP_AVG_SQ, WEIGHT, Fragment
+from megat2i.config import OptimizerConfig, TrainingConfig
+from megat2i.model.gpt import GPT
+from megat2i.optim.engine import EXP_AVG, EXP_AVG_SQ, WEIGHT, Fragment, first_of_tensor_copies
+from megat2i.runtime import DTYPES
 from megat2i.topology import ParallelGroups
 
 
 class TorchEngine:
-    """AdamW on every trainable parameter of ``model``; gradients summed over the data-parallel ranks."""
+    """AdamW on every trainable parameter of ``model``; gradients summed over the data-parallel ranks.
+
+    The reduction of a parameter's gradient starts as soon as the last of the step's ``micro_batches`` has added to it,
+    beside the rest of the backward pass.
+    """
 
     loss_scale = 1.0
 
-    def __init__(self, model: nn.Module, optimizer: OptimizerConfig, groups: ParallelGroups):
+    def __init__(self, model: GPT, optimizer: OptimizerConfig, training: TrainingConfig, groups: ParallelGroups):
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.shards = model.shards()
         self.masters = {
             name: p.data if p.dtype == torch.float32 else p.data.float() for name, p in self.parameters.items()
         }
         self.gradients = {name: torch.zeros_like(master) for name, master in self.masters.items()}
         for name, parameter in self.parameters.items():
-            parameter.register_post_accumulate_grad_hook(self._adder(self.gradients[name]))
+            parameter.register_post_accumulate_grad_hook(self._adder(name))
         for name, master in self.masters.items():
             master.grad = self.gradients[name]
         self.adam = torch.optim.AdamW(
@@ -35,24 +42,39 @@ class TorchEngine:
             fused=True,
         )
         self.clip, self.groups, self.updates = optimizer.clip, groups, 0
+        self.reduce_dtype = DTYPES[optimizer.reduce_dtype]
+        self.micro_batches = training.global_batch_size // (training.micro_batch_size * groups.data_size)
+        self.added = dict.fromkeys(self.parameters, 0)
+        self.reducing: dict[str, tuple[Tensor, dist.Work]] = {}
 
-    @staticmethod
-    def _adder(total: Tensor):
+    def _adder(self, name: str):
         def add(parameter: nn.Parameter) -> None:
-            total.add_(parameter.grad)
+            self.gradients[name].add_(parameter.grad)
             parameter.grad = None
+            self.added[name] += 1
+            if self.added[name] == self.micro_batches and self.groups.data_size > 1:
+                self._start_reduction(name)
 
         return add
+
+    def _start_reduction(self, name: str) -> None:
+        gradient = self.gradients[name].to(self.reduce_dtype)
+        self.reducing[name] = (gradient, dist.all_reduce(gradient, group=self.groups.data, async_op=True))
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
         """See ``Engine.step``."""
-        gradients = list(self.gradients.values())
+        if any(count > self.micro_batches for count in self.added.values()):
+            raise RuntimeError(f"more than {self.micro_batches} micro-batches were added to one step's gradient")
         if self.groups.data_size > 1:
-            pending = [dist.all_reduce(gradient, group=self.groups.data, async_op=True) for gradient in gradients]
-            for work in pending:
+            for name in self.parameters:
+                if name not in self.reducing:
+                    self._start_reduction(name)
+            for name, (gradient, work) in self.reducing.items():
                 work.wait()
-        norm = nn.utils.get_total_norm(gradients)
+                self.gradients[name].copy_(gradient)
+            self.reducing.clear()
+        norm = self._norm()
         grad_norm = norm.item()
         if torch.isfinite(norm):
             if self.clip > 0:
@@ -61,29 +83,37 @@ class TorchEngine:
             self.adam.step()
             self.updates += 1
             self._refresh()
-        for gradient in gradients:
+        for name, gradient in self.gradients.items():
             gradient.zero_()
+            self.added[name] = 0
         return grad_norm
 
+    def _norm(self) -> Tensor:
+        """The norm of the whole model's gradient; of equal copies on tensor-parallel ranks one counts."""
+        groups = self.groups
+        counted = [g for name, g in self.gradients.items() if first_of_tensor_copies(self.shards[name], groups)]
+        norm = nn.utils.get_total_norm(counted)
+        if groups.model.size() == 1:
+            return norm
+        square = norm.double().square()
+        dist.all_reduce(square, group=groups.model)
+        return square.sqrt().float()
+
     def fragments(self) -> list[Fragment]:
-        """See ``Engine.fragments``: data-parallel ranks hold copies, the first one owns them."""
-        if self.groups.data_rank != 0:
-            return []
+        """See ``Engine.fragments``: data-parallel ranks hold copies, the first one writes them."""
         fragments = []
         for name, master in self.masters.items():
-            shape, state = tuple(master.shape), self._state(master)
+            shard, state = self.shards[name], self._state(master)
+            written = self.groups.data_rank == 0 and first_of_tensor_copies(shard, self.groups)
             for kind, tensor in ((WEIGHT, master), (EXP_AVG, state[EXP_AVG]), (EXP_AVG_SQ, state[EXP_AVG_SQ])):
-                fragments.append(Fragment(name, kind, shape, 0, tensor.view(-1)))
+                fragments.append(Fragment(name, kind, shard, 0, tensor.view(-1), written))
         return fragments
 
     @torch.no_grad()
     def loaded(self, updates: int) -> None:
-        """See ``Engine.loaded``: the first data-parallel rank read the state, the others receive it."""
+        """See ``Engine.loaded``."""
         for master in self.masters.values():
-            state = self._state(master)
-            state["step"].fill_(updates)
-            for tensor in (master, state[EXP_AVG], state[EXP_AVG_SQ]):
-                dist.broadcast(tensor, group=self.groups.data, group_src=0)
+            self._state(master)["step"].fill_(updates)
         self.updates = updates
         self._refresh()
 

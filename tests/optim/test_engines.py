@@ -32,7 +32,9 @@ def state(engine) -> dict:
     """{(kind, name): (shape, [(start, values)])} of this rank."""
     found = {}
     for part in engine.fragments():
-        entry = found.setdefault((part.kind, part.name), (part.shape, []))
+        if not part.written:
+            continue
+        entry = found.setdefault((part.kind, part.name), (part.shard.shape, []))
         entry[1].append((part.start, part.values.numpy().copy()))
     return found
 
@@ -49,17 +51,18 @@ def whole(states: list[dict]) -> dict[tuple[str, str], np.ndarray]:
                 tensor[start : start + len(values)] = values
                 count[start : start + len(values)] += 1
     for key, count in filled.items():
-        assert (count == 1).all(), f"{key}: elements are owned {sorted(set(count))} times"
+        assert (count == 1).all(), f"{key}: elements are written {sorted(set(count))} times"
     return tensors
 
 
 def one_step(make_training, make_batches, config, engine_name, lr=1e-2, steps=1):
-    model, engine, groups = make_training(engine_name, config)
+    pipeline, engine, groups = make_training(engine_name, config)
+    model = pipeline.model
     before = {name: p.detach().float().numpy().copy() for name, p in model.named_parameters()}
     norms = []
     for step in range(steps):
         batches = make_batches(config, step, groups.data_rank, groups.data_size)
-        norms.append(train_step(model, engine, batches, LOSS, groups, lr)[1])
+        norms.append(train_step(pipeline, engine, batches, LOSS, groups, lr)[1])
     after = {name: p.detach().float().numpy().copy() for name, p in model.named_parameters()}
     return {"before": before, "after": after, "norms": norms, "state": state(engine), "updates": engine.updates}
 
@@ -107,9 +110,9 @@ def test_fragments_cover_every_element_once(make_training, make_batches, configu
 def test_the_cover_check_notices_overlaps():
     part = {("weight", "x"): ((4,), [(0, np.zeros(3, np.float32))])}
     rest = {("weight", "x"): ((4,), [(2, np.zeros(2, np.float32))])}
-    with pytest.raises(AssertionError, match="owned"):
+    with pytest.raises(AssertionError, match="written"):
         whole([part, rest])
-    with pytest.raises(AssertionError, match="owned"):
+    with pytest.raises(AssertionError, match="written"):
         whole([part])
 
 
@@ -123,14 +126,15 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
 
     def run(poisoned):
         config = configure(dtype)
-        model, trained, groups = make_training(engine, config)
+        pipeline, trained, groups = make_training(engine, config)
+        model = pipeline.model
         for step in range(3):
             if step == 1 and not poisoned:
                 continue
             batches = make_batches(config, step, groups.data_rank, groups.data_size)
             bad = step == 1 and groups.data_rank == groups.data_size - 1
             loss = replace(LOSS, z_loss=poison) if bad else LOSS
-            _, norm = train_step(model, trained, batches, loss, groups, 1e-2)
+            _, norm = train_step(pipeline, trained, batches, loss, groups, 1e-2)
             if step == 1:
                 assert not np.isfinite(norm)
         return state(trained), trained.updates, {n: p.detach().float().numpy() for n, p in model.named_parameters()}
@@ -149,12 +153,12 @@ def test_loaded_refreshes_the_weights_and_the_step_count(make_training, make_bat
 
     def run(mistake):
         config = configure(dtype)
-        model, old, groups = make_training(engine, config)
+        pipeline, old, groups = make_training(engine, config)
         for step in range(4):
             if step == 2:
                 saved = [(part.values.clone(), part) for part in old.fragments()]
             batches = make_batches(config, step, groups.data_rank, groups.data_size)
-            train_step(model, old, batches, LOSS, groups, 1e-2)
+            train_step(pipeline, old, batches, LOSS, groups, 1e-2)
         other, new, groups = make_training(engine, replace(config, model=replace(config.model, seed=5)))
         for part, (values, _) in zip(new.fragments(), saved, strict=True):
             part.values.copy_(values)
@@ -163,7 +167,7 @@ def test_loaded_refreshes_the_weights_and_the_step_count(make_training, make_bat
         for step in (2, 3):
             batches = make_batches(config, step, groups.data_rank, groups.data_size)
             train_step(other, new, batches, LOSS, groups, 1e-2)
-        a, b = (dict(m.named_parameters()) for m in (model, other))
+        a, b = (dict(m.named_parameters()) for m in (pipeline.model, other.model))
         return all(torch.equal(a[name], b[name]) for name in a), new.updates
 
     assert run_ranks(ranks, run, None) == [(True, 4)] * ranks
@@ -177,11 +181,12 @@ def test_frozen_parameters_stay_as_they_are(make_training, make_batches, configu
 
     def run():
         config = configure(weight_decay=0.5)
-        model, _, groups = make_training(None, config)
+        pipeline, _, groups = make_training(None, config)
+        model = pipeline.model
         model.tok_embeddings.weight.requires_grad_(False)
-        engine = TorchEngine(model, config.optimizer, groups)
+        engine = TorchEngine(model, config.optimizer, config.training, groups)
         before = model.tok_embeddings.weight.clone()
-        train_step(model, engine, make_batches(config, 0), LOSS, groups, 1e-2)
+        train_step(pipeline, engine, make_batches(config, 0), LOSS, groups, 1e-2)
         assert torch.equal(before, model.tok_embeddings.weight)
         assert "tok_embeddings.weight" not in {part.name for part in engine.fragments()}
 

@@ -1,0 +1,30 @@
+"""Checkpoints that know no layout: every tensor by global name and shape, whatever ranks and engine wrote it.
+
+``<run>/checkpoints/step-N/`` holds one safetensors file a rank and ``manifest.json``. A part of a file names its global
+tensor and the boxes of it that its values fill, in their order; its SHA-256 is taken in memory before it is written and
+compared when it is read. A checkpoint is committed by renaming a complete, fsynced temporary folder, with the manifest
+written last; the newest one that verifies wins, and all ranks agree on it. No pickle anywhere.
+
+Master weights, Adam's moments and the step are all the state there is: the order of the samples and the dropped
+captions are pure functions of the step, and training draws no random numbers.
+"""
+
+from megat2i.checkpoint.agreement import CheckpointError
+from megat2i.checkpoint.folder import Checkpoint, committed, open_checkpoint, verify
+from megat2i.checkpoint.loading import latest, latest_here, load_engine, load_weights
+from megat2i.checkpoint.saving import Saved, finish, save
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Saved",
+    "committed",
+    "finish",
+    "latest",
+    "latest_here",
+    "load_engine",
+    "load_weights",
+    "open_checkpoint",
+    "save",
+    "verify",
+]

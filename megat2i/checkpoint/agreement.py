@@ -1,0 +1,48 @@
+"""One verdict for all ranks: what fails on one fails on all, and nobody is left waiting in a collective."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message names the file and the remedy."""
+
+
+def together(action: Callable[[], None], what: str) -> None:
+    """Run ``action`` on every rank; if it fails on any, raise CheckpointError on all. Collective."""
+    problem: Exception | None = None
+    try:
+        action()
+    except Exception as error:  # whatever it is, the other ranks must hear of it before it is raised
+        problem = error
+    if not all_ranks(problem is None):
+        raise CheckpointError(f"{what}: {problem or 'another rank failed, see its message'}") from problem
+
+
+def all_ranks(ok: bool) -> bool:
+    """Whether ``ok`` holds on every rank. Collective."""
+    return not any_rank([not ok])[0]
+
+
+def any_rank(flags: list[bool]) -> list[bool]:
+    """For each flag whether it is set on any rank; as many on every rank. Collective."""
+    found = torch.tensor(flags, dtype=torch.uint8, device=_device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in found.tolist()]
+
+
+def from_first_rank(numbers: list[int]) -> list[int]:
+    """The first rank's ``numbers``; those of the others are ignored. Collective."""
+    count = torch.tensor([len(numbers)], device=_device())
+    dist.broadcast(count, src=0)
+    values = torch.zeros(int(count.item()), dtype=torch.int64, device=count.device)
+    if dist.get_rank() == 0:
+        values.copy_(torch.tensor(numbers, dtype=torch.int64))
+    dist.broadcast(values, src=0)
+    return values.tolist()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -1,0 +1,38 @@
+"""Which settings make a run what it is, and which only say how it is executed."""
+
+import dataclasses
+
+from megat2i.config import Config, ParallelConfig, SamplingConfig
+
+# Fields that say how a run is executed, not what it computes: a resumed run may change them.
+EXECUTION_FIELDS = {
+    "run": {"dir"},
+    "training": {
+        "stop_at",
+        "micro_batch_size",
+        "evaluate_every",
+        "evaluate_samples",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "asynchronous_checkpoints",
+        "sample_every",
+    },
+    "optimizer": {"engine", "reduce_dtype"},
+    "parallel": {f.name for f in dataclasses.fields(ParallelConfig)},
+    "runtime": {"device", "self_test"},
+    "sampling": {f.name for f in dataclasses.fields(SamplingConfig)},
+}
+
+
+def changed_identity(before: Config, after: Config) -> list[str]:
+    """Keys that differ and decide what the run computes, as ``section.key: before -> after``."""
+    changes = []
+    for section in dataclasses.fields(Config):
+        old, new = getattr(before, section.name), getattr(after, section.name)
+        for item in dataclasses.fields(old):
+            if item.name in EXECUTION_FIELDS.get(section.name, ()):
+                continue
+            if getattr(old, item.name) != getattr(new, item.name):
+                key = f"{section.name}.{item.name}"
+                changes.append(f"{key}: {getattr(old, item.name)} -> {getattr(new, item.name)}")
+    return changes

@@ -1,0 +1,71 @@
+"""Which layout to train a config with: memory, speed and hours of every sensible one, without a GPU.
+
+``python tools/plan.py --config configs/open_lm_1b_t2i.yaml --gpus 64 --gpu a100-80`` prints the best layouts, what they
+spend memory and time on, and what does not fit. ``--json FILE`` writes all of them, best first. ``--write`` puts the
+output into the config as its plan comment. ``--validate`` compares the planner with published training runs.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from megat2i import config
+from megat2i.config import ConfigError
+from megat2i.files import PendingFile, commit
+from megat2i.planner.hardware import GPUS
+from megat2i.planner.layout import Job
+from megat2i.planner.plan import plan
+from megat2i.planner.report import report, validation
+
+BEGIN, END = "# --- plan ---", "# --- end of plan ---"
+
+
+def main() -> None:
+    """Print a plan or the validation."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="YAML file of the model and the batch")
+    parser.add_argument("--gpus", type=int, default=64, help="number of GPUs, eight in a node (default: 64)")
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="a100-80")
+    parser.add_argument("--json", type=Path, help="write all layouts here")
+    parser.add_argument("--write", action="store_true", help="write the plan into the config as a comment")
+    parser.add_argument("--validate", action="store_true", help="compare with published training runs and leave")
+    arguments = parser.parse_args()
+    if arguments.validate:
+        print(validation(), end="")
+        return
+    if arguments.config is None or arguments.gpus < 1:
+        parser.error("name a --config, and 1 or more --gpus")
+    planned = plan(Job.of(config.load(arguments.config)), arguments.gpus, GPUS[arguments.gpu])
+    text = report(planned)
+    print(text, end="")
+    if arguments.json:
+        write(arguments.json, json.dumps({"layouts": [p.as_dict() for p in planned]}, indent=1) + "\n")
+    if arguments.write:
+        machine = f"--gpus {arguments.gpus} --gpu {arguments.gpu}"
+        command = f"python tools/plan.py --config configs/{arguments.config.name} {machine}"
+        write(arguments.config, with_comment(arguments.config.read_text(), f"{command}\n\n{text}"))
+
+
+def with_comment(yaml: str, text: str) -> str:
+    """``yaml`` with ``text`` as its plan comment: in the place of the old one, else before the first section."""
+    comment = "\n".join([BEGIN, *(f"# {line}".rstrip() for line in text.splitlines()), END])
+    if BEGIN in yaml:
+        before, rest = yaml.split(BEGIN, 1)
+        return before + comment + rest.split(END, 1)[1]
+    lines = yaml.splitlines(keepends=True)
+    first = next(number for number, line in enumerate(lines) if line.strip() and not line.startswith("#"))
+    return "".join(lines[:first]) + comment + "\n" + "".join(lines[first:])
+
+
+def write(path: Path, text: str) -> None:
+    file = PendingFile(path)
+    file.write(text.encode())
+    commit([file])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ConfigError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
