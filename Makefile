@@ -16,9 +16,8 @@ env: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt tools/check_machine.sh
 	@PYTHON="$(PYTHON)" sh tools/check_machine.sh
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch numpy setuptools wheel ninja
+	$(PIP) torch numpy setuptools wheel
 	$(PIP) --no-build-isolation -e '.[test]'
-	$(BIN)/python -c "from deepspeed.ops.op_builder import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)"
 	@touch $@
 
 demo: env

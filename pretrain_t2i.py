@@ -15,7 +15,8 @@ from megat2i.data.t2i_dataset import T2IDataset, require_same_tokenizers
 from megat2i.files import DataFileError
 from megat2i.kernels import choose_ops
 from megat2i.loss import ModalityLoss
-from megat2i.model.gpt import GPT, Part
+from megat2i.model.gpt import GPT
+from megat2i.model.part import Part
 from megat2i.pretrain import pretrain
 from megat2i.runtime import Backend
 from megat2i.topology import ParallelGroups

@@ -1,11 +1,11 @@
 """Save and load bandwidth of our checkpoints against torch.distributed.checkpoint and plain safetensors, in one run.
 
-``python benchmarks/bench_checkpoint.py [--json FILE]``: gloo ranks on this machine hold rows of the same matrices (their
-weight and two moments in float32). The three take turns, so that a change of the disk's speed hits all of them.
+``python benchmarks/bench_checkpoint.py [--json FILE]``: gloo ranks on this machine hold rows of the same matrices,
+their weight and two moments in float32. The three take turns, so that a change of the disk's speed hits all of them.
 
 Ours: SHA-256 of every part, fsync of files and folders, one rename; loading verifies all digests and then hashes again
-what it reads. torch.distributed.checkpoint (DTensors cut by rows): fsync of its files, no digests. Safetensors: one file
-a rank and its fsync, no digests, no commit; the floor. The stall is the time until an asynchronous save returns.
+what it reads. torch.distributed.checkpoint (DTensors cut by rows): fsync of its files, no digests. Safetensors: a file
+of every rank and its fsync, no digests, no commit; the floor. The stall is the time until an asynchronous save returns.
 """
 
 import argparse
@@ -45,9 +45,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        torch.multiprocessing.start_processes(
-            measure, (arguments, Path(folder)), nprocs=arguments.ranks, start_method="fork"
-        )
+        torch.multiprocessing.spawn(measure, (arguments, Path(folder)), nprocs=arguments.ranks)
         results = json.loads((Path(folder) / "results.json").read_text())
     megabytes = 1.048576 * arguments.mebibytes
     print(f"{arguments.ranks} ranks, {megabytes:.0f} MB each, {arguments.rounds} rounds: median (minimum to maximum)")
@@ -94,34 +92,34 @@ def measure(rank: int, arguments: argparse.Namespace, folder: Path) -> None:
     expected = {key: tensor.clone() for key, tensor in engine.by_key().items()}
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in ("save", "load", "stall")}
     for number in range(arguments.rounds + 1):  # the first round warms up
-        for side, (save, load, begin) in contestants(engine).items():
-            target = folder / f"{side}-{number}"
-            timed = {"save": lambda save=save, target=target: save(target)}
-            timed["load"] = lambda load=load, target=target: load(target)
-            for name, action in timed.items():
-                if name == "load":
-                    for tensor in engine.tensors.values():
-                        tensor.zero_()
-                taken = together(action)
-                if number:
-                    seconds[name].setdefault(side, []).append(taken)
+        for side, actions in contestants(engine).items():
+            taken = take_turn(actions, engine, folder / f"{side}-{number}")
             for key, tensor in engine.by_key().items():
                 if not torch.equal(tensor, expected[key]):
                     raise RuntimeError(f"{side} did not give {key} back; nothing to compare")
-            if begin:
-                ends: list[Callable[[], None]] = []
-                taken = together(lambda begin=begin, target=target: ends.append(begin(target / "background")))
-                ends[0]()
-                if number:
-                    seconds["stall"].setdefault(side, []).append(taken)
-            dist.barrier()
-            if rank == 0:
-                shutil.rmtree(target)
-            dist.barrier()
+            for name, value in taken.items() if number else ():
+                seconds[name].setdefault(side, []).append(value)
     if rank == 0:
         megabytes = 1.048576 * arguments.mebibytes
         (folder / "results.json").write_text(json.dumps(summary(seconds, megabytes)))
     dist.destroy_process_group()
+
+
+def take_turn(actions: tuple, engine: Rows, folder: Path) -> dict[str, float]:
+    """Seconds that one side takes for a save, a load and, if it can, the begin of a save in the background."""
+    save, load, begin = actions
+    taken = {"save": together(lambda: save(folder))}
+    for tensor in engine.tensors.values():
+        tensor.zero_()
+    taken["load"] = together(lambda: load(folder))
+    if begin:
+        ends: list[Callable[[], object]] = []
+        taken["stall"] = together(lambda: ends.append(begin(folder / "background")))
+        ends[0]()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
+    return taken
 
 
 def contestants(engine: Rows) -> dict[str, tuple]:
@@ -162,6 +160,7 @@ def contestants(engine: Rows) -> dict[str, tuple]:
 
 def together(action: Callable[[], object]) -> float:
     """Seconds from the start of ``action`` on all ranks to its end on the last one; the disk is idle before."""
+    dist.barrier()
     os.sync()
     dist.barrier()
     started = time.perf_counter()

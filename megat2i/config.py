@@ -75,7 +75,7 @@ class TrainingConfig:
     stop_at: int | None = None  # leave after this step, with a checkpoint
     global_batch_size: int = 64  # sequences
     micro_batch_size: int = 8  # sequences of one rank in one forward pass
-    warmup_steps: int = 100
+    warmup_steps: int = 100  # a shorter run ends within its warm-up
     evaluate_every: int = 0  # steps; 0: only at the end
     evaluate_samples: int = 256
     checkpoint_every: int = 0  # steps; 0: only at the end
@@ -231,10 +231,6 @@ def validate(config: Config, world_size: int) -> None:
         raise ConfigError(f"model.hidden={model.hidden} is not divisible by model.heads={model.heads}")
     if model.positions == "rotary" and model.head_dim % 2:
         raise ConfigError(f"model.positions=rotary needs an even head width, got hidden / heads = {model.head_dim}")
-    if training.warmup_steps >= training.steps:
-        raise ConfigError(
-            f"training.warmup_steps={training.warmup_steps} must be below training.steps={training.steps}"
-        )
     if training.stop_at is not None and training.stop_at > training.steps:
         raise ConfigError(f"training.stop_at={training.stop_at} is beyond training.steps={training.steps}")
     if config.optimizer.min_lr > config.optimizer.lr:

@@ -17,15 +17,15 @@ from megat2i.data.manifest import Manifest
 from megat2i.generate import Sampler
 from megat2i.loss import ModalityLoss
 from megat2i.model.cost import model_parameters
-from megat2i.model.gpt import GPT, Part
-from megat2i.model.partition import partition
+from megat2i.model.gpt import GPT
+from megat2i.model.part import Part, part_of
 from megat2i.optim.engine import Engine
 from megat2i.optim.torch_engine import TorchEngine
-from megat2i.parallel.collectives import TensorParallel
 from megat2i.pipeline import Pipeline
 from megat2i.runtime import Backend
+from megat2i.self_test import require_same_launch, self_test
 from megat2i.topology import ParallelGroups
-from megat2i.trainer import Data, Run, RunError, train
+from megat2i.trainer import Data, Run, RunError, require_equal_copies, train
 
 Providers = tuple[
     Callable[[Config, Backend, Part], GPT],
@@ -44,6 +44,9 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
     backend.start(settings.model.seed)
     try:
         groups = ParallelGroups.create(settings.parallel)
+        if settings.runtime.self_test and backend.world_size > 1:
+            require_same_launch(settings, run_folder.data_identity(settings))
+            self_test(settings, backend, groups, _engine)
         provide_model, provide_data, provide_loss = providers
         data = provide_data(settings, backend, groups)
         model = provide_model(settings, backend, part_of(settings, groups))
@@ -74,22 +77,11 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
         pipeline = Pipeline(model, groups, settings.parallel.schedule)
         draw = _drawer(settings, pipeline) if settings.training.sample_every and groups.data_rank == 0 else None
         run = Run(settings, pipeline, engine, data, provide_loss(settings), groups, backend, draw)
+        if settings.runtime.self_test:
+            require_equal_copies(run)
         train(run, first_step)
     finally:
         dist.destroy_process_group()
-
-
-def part_of(settings: Config, groups: ParallelGroups) -> Part:
-    """Which part of the model this rank holds: its share of every layer of its pipeline stages."""
-    parallel = settings.parallel
-    columns = sum(stop - start for start, stop in settings.vocab_layout.ranges)
-    number = groups.pipeline_size * parallel.virtual_stages
-    stages = partition(settings.model, columns, settings.data.sequence_length, number)
-    return Part(
-        TensorParallel(groups.tensor, groups.tensor_rank, groups.tensor_size, parallel.sequence),
-        stages[groups.pipeline_rank :: groups.pipeline_size],
-        parallel.recompute,
-    )
 
 
 def _with_vocabulary(settings: Config) -> Config:

@@ -31,7 +31,7 @@ def check(run_dir: Path, settings: Config, resume: bool) -> None:
     if not (run_dir / CONFIG).exists():
         raise RunError(f"{run_dir / CONFIG} does not exist: there is no run to resume; start without --resume")
     changes = changed_identity(config.load(run_dir / CONFIG), settings)
-    saved, present = json.loads((run_dir / DATA).read_text()), _data_identity(settings)
+    saved, present = json.loads((run_dir / DATA).read_text()), data_identity(settings)
     changes += [f"the content of {prefix}" for prefix in saved if saved[prefix] != present.get(prefix, saved[prefix])]
     if changes:
         raise RunError(
@@ -63,7 +63,7 @@ def write(run_dir: Path, settings: Config, engine: str, environment: dict) -> No
     files = []
     for name, text in (
         (CONFIG, config.to_yaml(resolved)),
-        (DATA, json.dumps(_data_identity(settings), indent=1) + "\n"),
+        (DATA, json.dumps(data_identity(settings), indent=1) + "\n"),
         (ENVIRONMENT, json.dumps(environment, indent=1) + "\n"),
     ):
         files.append(PendingFile(run_dir / name))
@@ -71,7 +71,7 @@ def write(run_dir: Path, settings: Config, engine: str, environment: dict) -> No
     commit(files)
 
 
-def _data_identity(settings: Config) -> dict[str, dict[str, str]]:
+def data_identity(settings: Config) -> dict[str, dict[str, str]]:
     """Digests of every dataset: of its index, and of its tokens where a manifest lists them."""
     prefixes = [dataset.prefix for dataset in settings.data.train]
     prefixes += [settings.data.valid] if settings.data.valid else []

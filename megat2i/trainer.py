@@ -22,6 +22,7 @@ from megat2i.metrics import MetricsLog, StepMetrics, peak_flops
 from megat2i.model.cost import flops_per_token
 from megat2i.optim.engine import Engine
 from megat2i.optim.schedule import learning_rate
+from megat2i.parallel.invariants import unequal_copy
 from megat2i.pipeline import Pipeline
 from megat2i.runtime import Backend
 from megat2i.topology import ParallelGroups
@@ -149,9 +150,23 @@ def _after_step(run: Run, step: int, last: bool, log: MetricsLog | None) -> None
         if log:
             log.images(step, images, run.config.sampling.prompts)
     if last or due(training.checkpoint_every):
+        if run.config.runtime.self_test:
+            require_equal_copies(run)  # nothing wrong gets into a checkpoint
         if log:
             log.sync()  # a power cut must not leave a checkpoint that is ahead of the record
         checkpoint.save(run.checkpoints, step, run.engine, run.groups.layout(), training.keep_checkpoints)
+
+
+def require_equal_copies(run: Run) -> None:
+    """Raises RunError on every rank that sees copies of a parameter which are not the same bits. Collective."""
+    model = run.pipeline.model
+    found = unequal_copy(dict(model.named_parameters()), model.shards(), run.groups)
+    if found:
+        axis, name = found
+        raise RunError(
+            f"copies of {name} on {axis}-parallel ranks differ (rank {dist.get_rank()} sees it): a fault of hardware or "
+            "communication since the last checkpoint, which is sound; find it, then continue with --resume"
+        )
 
 
 class Progress:

@@ -195,10 +195,10 @@ def make_training():
 
     from megat2i.kernels import choose_ops
     from megat2i.model.gpt import GPT
+    from megat2i.model.part import part_of
     from megat2i.optim.deepspeed_engine import DeepSpeedEngine
     from megat2i.optim.torch_engine import TorchEngine
     from megat2i.pipeline import Pipeline
-    from megat2i.pretrain import part_of
     from megat2i.runtime import DTYPES
     from megat2i.topology import ParallelGroups
 

@@ -184,7 +184,6 @@ def test_a_dataset_needs_a_prefix_and_a_weight(file, text):
         (["data.train=[]"], 1, ["data.train"]),
         (["model.heads=3"], 1, ["model.hidden", "model.heads"]),
         (["model.positions=rotary", "model.hidden=12", "model.heads=4"], 1, ["model.positions"]),
-        (["training.steps=50", "training.warmup_steps=50"], 1, ["training.warmup_steps", "training.steps"]),
         (["training.stop_at=2000"], 1, ["training.stop_at"]),
         (["training.global_batch_size=60"], 1, ["training.global_batch_size", "micro_batch_size"]),
         ([], 3, ["training.global_batch_size", "3"]),

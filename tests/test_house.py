@@ -15,7 +15,7 @@ FLOORS = (
     {"parallel", "data", "tokenizers"},
     {"model", "loss"},
     {"optim", "pipeline", "pipeline_order", "checkpoint"},
-    {"trainer", "metrics", "generate", "evaluate", "experiments", "pictures"},
+    {"trainer", "metrics", "generate", "evaluate", "experiments", "pictures", "self_test"},
     {"pretrain", "run_folder", "planner", "pretrain_t2i", "tools"},
 )
 PRODUCT = sorted(

@@ -6,7 +6,6 @@ part of the model a rank holds.
 """
 
 import hashlib
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +13,12 @@ from torch import Tensor, nn
 from megat2i.config import ModelConfig
 from megat2i.kernels import Ops, TokenLosses
 from megat2i.model.layers import INIT_CUT, Block, BlockShape, HeadsNorm, LayerCache, Norm, Positions
+from megat2i.model.part import WHOLE_MODEL, Part
 from megat2i.model.partition import StageLayers
-from megat2i.parallel.collectives import ALONE, TensorParallel
 from megat2i.parallel.layers import ShardedModule, WeightGradients
 from megat2i.parallel.shard import Shard
 from megat2i.parallel.vocabulary import Blocks, VocabParallelEmbedding, VocabParallelHead
 from megat2i.vocab import IGNORE, VocabLayout
-
-
-class Part(NamedTuple):
-    """Which part of the model a rank holds. ``stages``: its pipeline stages; ``recompute``: as ``Block``'s."""
-
-    parallel: TensorParallel = ALONE
-    stages: tuple[StageLayers, ...] | None = None  # None: the whole model as one stage
-    recompute: str = "none"
-
-
-WHOLE_MODEL = Part()
 
 
 class Cache:

@@ -4,9 +4,11 @@ The same counting as memory.py; different are the engine, which shards nothing, 
 bfloat16 (kernels/ops.py), and RMSNorm, which PyTorch composes of several operations.
 """
 
+from dataclasses import replace
+
 from megat2i.kernels.linear_cross_entropy import CHUNK_ELEMENTS
-from megat2i.planner.layout import Job, Layout, rank_stages
-from megat2i.planner.memory import layer_bytes, peak_layers
+from megat2i.planner.layout import Job, Layout
+from megat2i.planner.memory import deferred_bytes, layer_bytes, peak
 from megat2i.planner.speed import rank_parameters
 
 SIZES = {"float32": 4, "bfloat16": 2}
@@ -20,18 +22,17 @@ def cpu_peak(job: Job, layout: Layout, dtype: str, rank: int = 0) -> float:
     """
     size = SIZES[dtype]
     static = (size + (4 if dtype == "bfloat16" else 0) + 4 + 8) * rank_parameters(job, layout, rank)
-    stages = rank_stages(job, layout, rank)
-    layers = tuple(stage.stop - stage.first for stage in stages)
-    micro_batches = min(layout.micro_batches(job), 3 * layout.pipeline)
-    held = peak_layers(layout.schedule, rank, layout.pipeline, layers, micro_batches, 1.0)
-    activations = layout.micro_tokens(job) * held * _layer(job, layout, size)
-    if layout.recompute != "none":
-        whole = Layout(layout.tensor, 1, 1, layout.micro_batch, layout.sequence)
-        activations += layout.micro_tokens(job) * (_layer(job, whole, size) - _layer(job, layout, size))
-    working = _layer_backward(job, layout, size)
-    if any(stage.head for stage in stages):
-        working = max(working, _head(job, layout, size))
-    return static + activations + working
+    tokens = layout.micro_tokens(job)
+    activations, beside = peak(
+        job,
+        layout,
+        rank,
+        kept=tokens * _layer(job, layout, size),
+        deferred=tokens * deferred_bytes(job.shape, layout) * size / 2,
+        layer=_layer_backward(job, layout, size),
+        head=_head(job, layout, size),
+    )
+    return static + activations + beside
 
 
 def _layer(job: Job, layout: Layout, size: int) -> float:
@@ -42,21 +43,20 @@ def _layer(job: Job, layout: Layout, size: int) -> float:
         return kept
     if shape.norm == "rms_norm":  # the input in float32 and its normalised form
         kept += 2 * shape.hidden * (4 + (2 if size == 2 else 0)) / (t if layout.sequence else 1)
-    if size == 2:  # attention by matrix products: its probabilities, and copies of query, key and value
+    if size == 2:  # attention by matrix products keeps its probabilities
         kept += 2 * job.sequence_length * shape.heads / t
-        if not shape.qk_norm and shape.positions == "none":
-            kept += 0.0
     return kept
 
 
 def _layer_backward(job: Job, layout: Layout, size: int) -> float:
-    """Gradients that one layer's backward pass holds at once."""
+    """Gradients that one layer's backward pass holds at once, and what it computed again."""
     tokens, t, shape = layout.micro_tokens(job), layout.tensor, job.shape
-    feed_forward = size * tokens * (2 * shape.hidden + 5 * shape.ffn_hidden / t)
-    if size == 4:
-        return feed_forward
-    scores = size * tokens * job.sequence_length * shape.heads / t
-    return max(feed_forward, 2 * scores + size * tokens * 4 * shape.hidden / t)
+    gradients = size * tokens * (2 * shape.hidden + 5 * shape.ffn_hidden / t)
+    if size == 2:
+        scores = size * tokens * job.sequence_length * shape.heads / t
+        gradients = max(gradients, 2 * scores + size * tokens * 4 * shape.hidden / t)
+    whole = replace(layout, recompute="none")
+    return gradients + tokens * (_layer(job, whole, size) - _layer(job, layout, size))
 
 
 def _head(job: Job, layout: Layout, size: int) -> float:

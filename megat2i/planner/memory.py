@@ -4,7 +4,7 @@ Counted on model/layers.py, parallel/layers.py, pipeline.py, kernels/linear_cros
 BF16_Optimizer. All figures in bytes.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 from megat2i.config import ModelConfig
@@ -52,8 +52,16 @@ def memory(job: Job, layout: Layout) -> Memory:
 def rank_memory(job: Job, layout: Layout, rank: int) -> Memory:
     """Memory of pipeline rank ``rank``."""
     parameters = rank_parameters(job, layout, rank)
-    activations = in_flight_bytes(job, layout, rank)
-    head = working_bytes(job, layout, any(stage.head for stage in rank_stages(job, layout, rank)))
+    tokens, shape = layout.micro_tokens(job), job.shape
+    activations, head = peak(
+        job,
+        layout,
+        rank,
+        kept=tokens * layer_bytes(shape, layout),
+        deferred=tokens * deferred_bytes(shape, layout),
+        layer=layer_backward_bytes(job, layout),
+        head=head_bytes(job, layout),
+    )
     step = min(parameters, REDUCE_BUCKET) * 4 if layout.data > 1 else 0.0
     weights, gradients, optimizer = BF16 * parameters, 4 * parameters, 12 * parameters / layout.data
     buffers = max(0.0, step - activations - head)
@@ -92,58 +100,72 @@ def deferred_bytes(shape: ModelConfig, layout: Layout) -> float:
     return BF16 * (inputs + 3 * hidden / t + 2 * ffn / t + 2 * hidden)
 
 
-def in_flight_bytes(job: Job, layout: Layout, rank: int) -> float:
-    """Activations of all micro-batches that the schedule keeps at once on a pipeline rank, and one layer's worth of
-    what is computed again."""
-    tokens, shape = layout.micro_tokens(job), job.shape
-    layers = [stage.stop - stage.first for stage in rank_stages(job, layout, rank)]
-    held = peak_layers(
-        layout.schedule,
-        rank,
-        layout.pipeline,
-        tuple(layers),
-        min(layout.micro_batches(job), 3 * layout.pipeline),
-        deferred_bytes(shape, layout) / layer_bytes(shape, layout),
-    )
-    kept = tokens * held * layer_bytes(shape, layout)
-    if layout.recompute == "none":
-        return kept
-    whole = layer_bytes(shape, Layout(layout.tensor, 1, 1, 1, layout.sequence))
-    return kept + tokens * (whole - layer_bytes(shape, layout))
-
-
-def working_bytes(job: Job, layout: Layout, head: bool) -> float:
-    """What the backward pass holds beside activations: in the loss head, or inside one layer."""
+def layer_backward_bytes(job: Job, layout: Layout) -> float:
+    """What one layer's backward pass holds beside activations: gradients, and what it computed again."""
     tokens, t, shape = layout.micro_tokens(job), layout.tensor, job.shape
     s = t if layout.sequence else 1
-    layer = BF16 * tokens * (4 * shape.hidden / s + 3 * shape.hidden / t + 5 * shape.ffn_hidden / t)
-    if not head:
-        return layer
+    gradients = BF16 * tokens * (4 * shape.hidden / s + 3 * shape.hidden / t + 5 * shape.ffn_hidden / t)
+    whole = replace(layout, recompute="none")
+    return gradients + tokens * (layer_bytes(shape, whole) - layer_bytes(shape, layout))
+
+
+def head_bytes(job: Job, layout: Layout) -> float:
+    """What the loss head's backward pass holds beside activations."""
+    tokens, t, hidden = layout.micro_tokens(job), layout.tensor, job.shape.hidden
     chunk = min(CHUNK_ELEMENTS, tokens * job.columns / t)
-    logits = chunk * (4 + 4 + 2 + 2)  # float32, its exponentials, bfloat16 twice: as computed, and joined
-    table = job.rows / t * shape.hidden * (4 + BF16 + BF16)  # its gradient, one chunk's part, the result
-    # the head's input before and after the norm, its live part, their gradients
-    states = BF16 * tokens * shape.hidden * 5
-    return max(layer, logits + table + states)
+    logits = chunk * (4 + 4 + BF16)  # again, their gradient, and it in bfloat16
+    table = hidden / t * (4 * job.rows + BF16 * job.columns)  # its gradient, and one chunk's part
+    return logits + table + 4 * BF16 * tokens * hidden  # the head's input, its normalised and live form, its gradient
+
+
+def peak(
+    job: Job, layout: Layout, rank: int, kept: float, deferred: float, layer: float, head: float
+) -> tuple[float, float]:
+    """(activations in flight, what a backward pass holds beside them) when their sum is largest on a pipeline rank.
+
+    Of one layer and micro-batch: ``kept`` for the backward pass, ``deferred`` between it and the weights' gradients
+    (zero bubble); ``layer`` and ``head``: beside activations in the backward pass of a layer, and of the head.
+    """
+    stages = rank_stages(job, layout, rank)
+    moments = _moments(
+        layout.schedule if layout.pipeline > 1 else "1f1b",
+        rank,
+        layout.pipeline,
+        tuple(stage.stop - stage.first for stage in stages),
+        # three micro-batches for each rank reach the peak of every schedule
+        min(layout.micro_batches(job), 3 * layout.pipeline),
+    )
+    last = len(stages) - 1 if stages[-1].head else None
+    return max(
+        (
+            (held * kept + waiting * deferred, 0.0 if stage is None else max(layer, head) if stage == last else layer)
+            for held, waiting, stage in moments
+        ),
+        key=sum,
+    )
 
 
 @cache
-def peak_layers(
-    schedule: str, rank: int, ranks: int, layers: tuple[int, ...], micro_batches: int, deferred: float
-) -> float:
-    """The most layers (of one micro-batch each) held at once on ``rank``, whose stages have ``layers`` layers.
-
-    ``deferred``: what a layer holds between its backward pass and its weights' gradients, as a share of what it holds
-    before. Three micro-batches for each rank reach the peak of every schedule.
-    """
-    held = peak = 0.0
+def _moments(
+    schedule: str, rank: int, ranks: int, layers: tuple[int, ...], micro_batches: int
+) -> tuple[tuple[int, int, int | None], ...]:
+    """What a rank holds at the moments that may be its peak: (layers kept, layers whose weights' gradients wait, which
+    of its stages runs its backward pass), of one micro-batch each. ``layers``: of each of its stages."""
+    held = waiting = 0
+    split = schedule == "zero_bubble"
+    moments: set[tuple[int, int, int | None]] = set()
     for action in _orders(schedule, ranks, len(layers), micro_batches)[rank]:
-        size = layers[action.stage // ranks]
+        stage = action.stage // ranks
         if action.kind == FORWARD:
-            held += size
+            held += layers[stage]
+            moments.add((held, waiting, None))
         elif action.kind == BACKWARD:
-            held -= size * (1 - deferred) if schedule == "zero_bubble" else size
+            moments.add((held, waiting, stage))
+            held -= layers[stage]
+            waiting += layers[stage] * split
         elif action.kind == WEIGHTS:
-            held -= size * deferred
-        peak = max(peak, held)
-    return peak
+            moments.add((held, waiting, None))
+            waiting -= layers[stage]
+    return tuple(
+        m for m in moments if not any(o != m and o[0] >= m[0] and o[1] >= m[1] and o[2] == m[2] for o in moments)
+    )

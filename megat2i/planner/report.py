@@ -16,7 +16,7 @@ def report(planned: list[Planned]) -> str:
     parameters = cost.model_parameters(job.shape, job.rows)
     lines = [
         f"{parameters / 1e9:.2f}B parameters, {job.global_batch:,} x {job.sequence_length:,} tokens a step, "
-        f"{gpus} x {gpu.name}; layouts are pipeline.tensor.data"
+        f"{gpus} x {gpu.name}; layouts are pipeline.tensor.data, hours for 100B tokens"
     ]
     fitting = [p for p in planned if p.fits]
     if fitting:
@@ -35,12 +35,12 @@ def _best_of_each(fitting: list[Planned]) -> list[Planned]:
 
 
 def _table(planned: list[Planned]) -> list[str]:
-    lines = [f"{'layout':66}{'GB':>6}{'tokens/s/GPU':>14}{'MFU':>7}{'bubble':>8}{'hours, 100B tokens':>20}"]
+    lines = [f"{'layout':66}{'GB':>6}{'tokens/s/GPU':>14}{'MFU':>7}{'bubble':>8}{'hours':>8}"]
     for p in planned:
         bubble = p.time.bubble / p.time.seconds
         lines.append(
             f"{p.layout.describe():66}{p.memory.total / GB:6.1f}{p.tokens_per_s_per_gpu:14,.0f}{p.mfu:7.1%}"
-            f"{bubble:8.1%}{p.hours:20.1f}"
+            f"{bubble:8.1%}{p.hours:8.1f}"
         )
     return lines
 
@@ -52,7 +52,8 @@ def _detail(p: Planned) -> list[str]:
     return [
         f"best: {p.layout.describe()}",
         f"  memory, GB of {p.gpu.memory / GB:.0f}: {', '.join(parts)}",
-        f"  step of {p.time.seconds:.2f} s, micro-batches: {p.layout.micro_batches(p.job)}; {', '.join(shares)}",
+        f"  step of {p.time.seconds:.2f} s, micro-batches: {p.layout.micro_batches(p.job)}",
+        f"    {', '.join(shares)}",
         f"  sent by a GPU in a step, GB: {', '.join(sent) or 'nothing'}",
     ]
 

@@ -1,0 +1,260 @@
+"""The parity grid's parts: layouts and variants of the model, what the ranks record of a few steps, the comparison.
+
+Two optimizers, three steps each, both through the real engines. "adamw": with clipping at work. "sgd": AdamW in the
+limit where it is plain SGD (beta1 = 0, and an eps so large that the second moment does not count), without clipping:
+its first moment is the reduced gradient itself, and an update is linear in it, which AdamW's is not.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megat2i.config import Config, LossConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig, VocabConfig
+from megat2i.loss import ModalityLoss
+from megat2i.optim.engine import EXP_AVG
+from megat2i.parallel.shard import Shard
+from megat2i.trainer import train_step
+
+STEPS = 3
+ROWS = 16  # of the global batch
+SGD_EPS = 1e6
+OPTIMIZERS = {  # (settings, learning rate)
+    "sgd": (OptimizerConfig(beta1=0.0, beta2=0.5, eps=SGD_EPS, weight_decay=0.0, clip=0.0), 0.1 * SGD_EPS),
+    # eps is large so that updates are smooth in the gradient: else the sign of rounding noise decides some of them
+    "adamw": (OptimizerConfig(eps=1e-3, weight_decay=0.1, clip=0.5), 1e-2),
+}
+MODEL = ModelConfig(hidden=32, layers=8, heads=8, ffn=64, qk_norm=True, positions="rotary")
+VARIANTS = {
+    "layer_norm": (MODEL, LossConfig(z_loss=1e-3)),
+    "gain_only": (replace(MODEL, norm="layer_norm_gain_only"), LossConfig(text=0.5, image=2.0)),
+    "rms_norm": (replace(MODEL, norm="rms_norm"), LossConfig(text=0.3, image=2.0, special=0.0, z_loss=1e-3)),
+    "released": (replace(MODEL, qk_norm=False, positions="none"), LossConfig()),  # the shape of open_lm's released 1B
+}
+AXES = {
+    "pipeline": (1, 2, 4),
+    "tensor": (1, 2, 4),
+    "data": (1, 2, 4),
+    "sequence": (False, True),
+    "schedule": (("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1), ("zero_bubble", 2)),  # and virtual stages
+    "recompute": ("none", "selective", "full"),
+    "engine": ("torch", "deepspeed"),
+    "dtype": ("float32", "bfloat16"),
+    "reduce_dtype": ("float32", "bfloat16"),
+    "variant": tuple(VARIANTS),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is spread over ranks; the field names are those of ``AXES``."""
+
+    pipeline: int = 1
+    tensor: int = 1
+    data: int = 1
+    sequence: bool = False
+    schedule: tuple[str, int] = ("1f1b", 1)
+    recompute: str = "none"
+    engine: str = "torch"
+    dtype: str = "float32"
+    reduce_dtype: str = "float32"
+    variant: str = "layer_norm"
+
+    @staticmethod
+    def parse(text: str) -> "Layout":
+        """A layout from "pipeline.tensor.data" and words for all that is not the default, as ``str`` gives it."""
+        sizes, *words = text.split()
+        fields = dict(zip(("pipeline", "tensor", "data"), map(int, sizes.split(".")), strict=True))
+        for word in words:
+            schedule, _, stages = word.partition("-")
+            if word == "sequence":
+                fields["sequence"] = True
+            elif word.startswith("reduce-"):
+                fields["reduce_dtype"] = word.removeprefix("reduce-")
+            elif stages:
+                fields["schedule"] = (schedule, int(stages))
+            else:
+                axis = next(axis for axis in ("recompute", "engine", "dtype", "variant") if word in AXES[axis])
+                fields[axis] = word
+        return Layout(**fields)
+
+    def __str__(self) -> str:
+        default, words = Layout(), [f"{self.pipeline}.{self.tensor}.{self.data}"]
+        for axis in list(AXES)[3:]:
+            value = getattr(self, axis)
+            if value != getattr(default, axis):
+                words.append(
+                    "sequence"
+                    if axis == "sequence"
+                    else f"{value[0]}-{value[1]}"
+                    if axis == "schedule"
+                    else f"reduce-{value}"
+                    if axis == "reduce_dtype"
+                    else value
+                )
+        return " ".join(words)
+
+    @property
+    def ranks(self) -> int:
+        return self.pipeline * self.tensor * self.data
+
+    @property
+    def micro_batches(self) -> int:
+        """Of every rank: two for each pipeline rank, so that a schedule has a middle between its two ends."""
+        return 2 * self.pipeline
+
+    @property
+    def makes_sense(self) -> bool:
+        """Whether such a layout exists, fits 8 ranks, and differs from one without the option."""
+        virtual_stages = self.schedule[1]
+        return (
+            self.ranks <= 8
+            and not (self.sequence and self.tensor == 1)
+            and not (self.reduce_dtype == "bfloat16" and self.data == 1)
+            and not (virtual_stages > 1 and self.pipeline == 1)
+            and self.pipeline * virtual_stages <= MODEL.layers
+        )
+
+    def config(self, tiny: Config, optimizer: str) -> Config:
+        model, loss = VARIANTS[self.variant]
+        schedule, virtual_stages = self.schedule
+        return replace(
+            tiny,
+            vocab=VocabConfig(text_tokens=500, image_codes=250),  # columns for each of eight ranks
+            model=model,
+            loss=loss,
+            training=TrainingConfig(global_batch_size=ROWS, micro_batch_size=ROWS // (self.data * self.micro_batches)),
+            optimizer=replace(OPTIMIZERS[optimizer][0], reduce_dtype=self.reduce_dtype),
+            runtime=replace(tiny.runtime, dtype=self.dtype),
+            parallel=ParallelConfig(
+                self.tensor, self.pipeline, self.sequence, schedule, virtual_stages, self.recompute
+            ),
+        )
+
+
+def layouts_that_make_sense() -> Iterator[Layout]:
+    """Every combination of ``AXES`` that could be run."""
+
+    def extend(fields: dict) -> Iterator[Layout]:
+        if len(fields) == len(AXES):
+            layout = Layout(**fields)
+            if layout.makes_sense:
+                yield layout
+            return
+        axis = list(AXES)[len(fields)]
+        for value in AXES[axis]:
+            yield from extend(fields | {axis: value})
+
+    yield from extend({})
+
+
+@dataclass(frozen=True)
+class Training:
+    """What three steps with one optimizer left, over all ranks.
+
+    ``sums`` [steps, 4, 3]: nll, correct, off-range mass and count of every modality; ``norms`` [steps]; ``gradients``:
+    of every step, by name ("sgd" only; the first moment elsewhere); ``weights``: after the last step.
+    """
+
+    sums: np.ndarray
+    norms: np.ndarray
+    gradients: list[dict[str, np.ndarray]]
+    weights: dict[str, np.ndarray]
+
+
+Mistake = Callable[[], None]
+
+
+def train_on_rank(make_training, make_batches, config: Config, engine_name: str, lr: float) -> dict:
+    """Three steps on this rank; what it holds of the results, with the shards that say where that belongs."""
+    pipeline, engine, groups = make_training(engine_name, config)
+    loss = ModalityLoss((config.loss.text, config.loss.image, config.loss.special), config.loss.z_loss)
+    sums, norms, gradients = [], [], []
+    for step in range(STEPS):
+        batches = make_batches(config, step, groups.data_rank, groups.data_size)
+        metrics, norm = train_step(pipeline, engine, batches, loss, groups, lr)
+        sums.append(torch.stack([metrics.nll, metrics.correct, metrics.off_range, metrics.counts.double()]).numpy())
+        norms.append(norm)
+        moments = [part for part in engine.fragments() if part.kind == EXP_AVG and part.written]
+        gradients.append([(p.name, p.shard.shape, p.boxes, p.values.numpy().copy()) for p in moments])
+    shards = pipeline.model.shards()
+    weights = {n: (shards[n], p.detach().float().numpy()) for n, p in pipeline.model.named_parameters()}
+    return {"sums": np.array(sums), "norms": np.array(norms), "gradients": gradients, "weights": weights}
+
+
+def assemble(records: list[dict]) -> Training:
+    """The global tensors of what the ranks hold: every element written once, all copies of a weight the same."""
+    first = records[0]
+    for rank, record in enumerate(records):
+        assert np.array_equal(record["sums"], first["sums"], equal_nan=True), f"rank {rank} reports other sums"
+        assert np.array_equal(record["norms"], first["norms"], equal_nan=True), f"rank {rank} reports another norm"
+    gradients = [assemble_parts([record["gradients"][step] for record in records]) for step in range(STEPS)]
+    return Training(first["sums"], first["norms"], gradients, assemble_copies([r["weights"] for r in records]))
+
+
+def assemble_parts(parts_by_rank: list[list[tuple]]) -> dict[str, np.ndarray]:
+    """Parts (name, global shape, boxes, values) of all ranks as global tensors, each element from exactly one part."""
+    tensors, counts = {}, {}
+    for name, shape, boxes, values in (part for parts in parts_by_rank for part in parts):
+        tensor = tensors.setdefault(name, np.zeros(shape, np.float32))
+        count = counts.setdefault(name, np.zeros(shape, np.int32))
+        at = 0
+        for box in boxes:
+            place = tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))
+            size = int(np.prod(box.shape))
+            tensor[place] += values[at : at + size].reshape(box.shape)
+            count[place] += 1
+            at += size
+        assert at == len(values), f"{name}: {at} elements in boxes, {len(values)} values"
+    for name, count in counts.items():
+        assert (count == 1).all(), f"{name}: elements come {np.unique(count).tolist()} times"
+    return tensors
+
+
+def assemble_copies(by_rank: list[dict[str, tuple[Shard, np.ndarray]]]) -> dict[str, np.ndarray]:
+    """Local tensors with their shards, of all ranks, as global tensors; where ranks hold copies they must be equal."""
+    tensors: dict[str, np.ndarray] = {}
+    for name, (shard, values) in (item for held in by_rank for item in held.items()):
+        tensor = tensors.setdefault(name, np.full(shard.shape, np.nan, np.float32))
+        mine = shard.cut(torch.from_numpy(tensor)).numpy()
+        assert (np.isnan(mine) | (mine == values)).all(), f"{name}: copies on several ranks differ"
+        tensor[:] = put(torch.from_numpy(tensor), shard, torch.from_numpy(values))
+    for name, tensor in tensors.items():
+        assert not np.isnan(tensor).any(), f"{name}: elements that no rank holds"
+    return tensors
+
+
+def put(tensor: Tensor, shard: Shard, values: Tensor) -> Tensor:
+    """``tensor`` with the part that ``shard`` says replaced by ``values``: the inverse of ``Shard.cut``."""
+    at = 0
+    for start, stop in shard.pieces:
+        tensor.narrow(shard.dimension, start, stop - start).copy_(
+            values.narrow(shard.dimension, at, stop - start)
+        )
+        at += stop - start
+    return tensor
+
+
+def differences(found: Training, expected: Training) -> dict[str, float]:
+    """The largest difference in every quantity: relative, for tensors by norm; of correct tokens in tokens."""
+
+    def relative(a, b) -> float:
+        return float(np.max(np.abs(a - b) / np.maximum(np.abs(b), 1e-9)))
+
+    def tensors(a: dict, b: dict) -> float:
+        assert a.keys() == b.keys(), f"other parameters: {sorted(a.keys() ^ b.keys())}"
+        return max(float(np.linalg.norm(a[n] - b[n]) / max(np.linalg.norm(b[n]), 1e-12)) for n in b)
+
+    nll, correct, off_range, counts = range(4)
+    return {
+        "counts": float(np.abs(found.sums - expected.sums)[:, counts].max()),
+        "loss": relative(found.sums[:, nll], expected.sums[:, nll]),
+        "correct": float(np.abs(found.sums - expected.sums)[:, correct].max()),
+        "off_range": relative(found.sums[:, off_range], expected.sums[:, off_range]),
+        "norm": relative(found.norms, expected.norms),
+        "first gradient": tensors(found.gradients[0], expected.gradients[0]),
+        "gradients": max(tensors(a, b) for a, b in zip(found.gradients, expected.gradients, strict=True)),
+        "weights": tensors(found.weights, expected.weights),
+    }
