@@ -23,8 +23,8 @@ from megat2i.kernels import choose_ops
 from megat2i.loss import ModalityLoss
 from megat2i.model.gpt import GPT
 from megat2i.optim.torch_engine import TorchEngine
-from megat2i.runtime import DTYPES, Backend
 from megat2i.pipeline import Pipeline
+from megat2i.runtime import DTYPES, Backend
 from megat2i.topology import ParallelGroups
 from megat2i.trainer import train_step
 from megat2i.vocab import IGNORE

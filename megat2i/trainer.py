@@ -154,7 +154,9 @@ def _after_step(run: Run, step: int, last: bool, log: MetricsLog | None) -> None
             require_equal_copies(run)  # nothing wrong gets into a checkpoint
         if log:
             log.sync()  # a power cut must not leave a checkpoint that is ahead of the record
-        checkpoint.save(run.checkpoints, step, run.engine, run.groups.layout(), training.keep_checkpoints)
+        background = training.asynchronous_checkpoints and not last
+        layout = run.groups.layout()
+        checkpoint.save(run.checkpoints, step, run.engine, layout, training.keep_checkpoints, background)
 
 
 def require_equal_copies(run: Run) -> None:
@@ -164,8 +166,8 @@ def require_equal_copies(run: Run) -> None:
     if found:
         axis, name = found
         raise RunError(
-            f"copies of {name} on {axis}-parallel ranks differ (rank {dist.get_rank()} sees it): a fault of hardware or "
-            "communication since the last checkpoint, which is sound; find it, then continue with --resume"
+            f"copies of {name} on {axis}-parallel ranks differ (rank {dist.get_rank()} sees it): a fault of hardware "
+            "or communication since the last checkpoint, which is sound; find it, then continue with --resume"
         )
 
 

@@ -15,7 +15,7 @@ from megat2i.config import ConfigError
 from megat2i.files import PendingFile, commit
 from megat2i.planner.hardware import GPUS
 from megat2i.planner.layout import Job
-from megat2i.planner.plan import plan
+from megat2i.planner.ranking import plan
 from megat2i.planner.report import report, validation
 
 BEGIN, END = "# --- plan ---", "# --- end of plan ---"

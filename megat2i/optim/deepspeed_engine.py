@@ -57,7 +57,7 @@ class DeepSpeedEngine:
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": REDUCE_DTYPES[optimizer.reduce_dtype],
         }
-        # A C++ op for inference on CPUs that DeepSpeed compiles at its first start: training never calls it, and a build
+        # A C++ op for inference on CPUs, compiled at the first start of DeepSpeed: training never calls it, and a build
         # that was killed leaves a lock on which every later start waits for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # DeepSpeed insists on the variable, which srun and a process without a launcher do not set.

@@ -1,6 +1,6 @@
 """The engine in plain PyTorch: the twin that DeepSpeed is compared with, and the engine of single-process runs.
 
-With bfloat16 weights it keeps float32 masters and adds every micro-batch's gradient to a float32 sum at once.
+With bfloat16 weights it keeps float32 masters; gradients are summed in float32 in any case.
 """
 
 import torch
@@ -10,16 +10,13 @@ from torch import Tensor, nn
 from megat2i.config import OptimizerConfig, TrainingConfig
 from megat2i.model.gpt import GPT
 from megat2i.optim.engine import EXP_AVG, EXP_AVG_SQ, WEIGHT, Fragment, first_of_tensor_copies
+from megat2i.optim.gradients import GradientSums
 from megat2i.runtime import DTYPES
 from megat2i.topology import ParallelGroups
 
 
 class TorchEngine:
-    """AdamW on every trainable parameter of ``model``; gradients summed over the data-parallel ranks.
-
-    The reduction of a parameter's gradient starts as soon as the last of the step's ``micro_batches`` has added to it,
-    beside the rest of the backward pass.
-    """
+    """AdamW on every trainable parameter of ``model``; gradients summed over the data-parallel ranks."""
 
     loss_scale = 1.0
 
@@ -29,9 +26,9 @@ class TorchEngine:
         self.masters = {
             name: p.data if p.dtype == torch.float32 else p.data.float() for name, p in self.parameters.items()
         }
-        self.gradients = {name: torch.zeros_like(master) for name, master in self.masters.items()}
-        for name, parameter in self.parameters.items():
-            parameter.register_post_accumulate_grad_hook(self._adder(name))
+        micro_batches = training.global_batch_size // (training.micro_batch_size * groups.data_size)
+        self.sums = GradientSums(self.parameters, micro_batches, groups.data, DTYPES[optimizer.reduce_dtype])
+        self.gradients = self.sums.of
         for name, master in self.masters.items():
             master.grad = self.gradients[name]
         self.adam = torch.optim.AdamW(
@@ -42,38 +39,11 @@ class TorchEngine:
             fused=True,
         )
         self.clip, self.groups, self.updates = optimizer.clip, groups, 0
-        self.reduce_dtype = DTYPES[optimizer.reduce_dtype]
-        self.micro_batches = training.global_batch_size // (training.micro_batch_size * groups.data_size)
-        self.added = dict.fromkeys(self.parameters, 0)
-        self.reducing: dict[str, tuple[Tensor, dist.Work]] = {}
-
-    def _adder(self, name: str):
-        def add(parameter: nn.Parameter) -> None:
-            self.gradients[name].add_(parameter.grad)
-            parameter.grad = None
-            self.added[name] += 1
-            if self.added[name] == self.micro_batches and self.groups.data_size > 1:
-                self._start_reduction(name)
-
-        return add
-
-    def _start_reduction(self, name: str) -> None:
-        gradient = self.gradients[name].to(self.reduce_dtype)
-        self.reducing[name] = (gradient, dist.all_reduce(gradient, group=self.groups.data, async_op=True))
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
         """See ``Engine.step``."""
-        if any(count > self.micro_batches for count in self.added.values()):
-            raise RuntimeError(f"more than {self.micro_batches} micro-batches were added to one step's gradient")
-        if self.groups.data_size > 1:
-            for name in self.parameters:
-                if name not in self.reducing:
-                    self._start_reduction(name)
-            for name, (gradient, work) in self.reducing.items():
-                work.wait()
-                self.gradients[name].copy_(gradient)
-            self.reducing.clear()
+        self.sums.reduce()
         norm = self._norm()
         grad_norm = norm.item()
         if torch.isfinite(norm):
@@ -83,9 +53,7 @@ class TorchEngine:
             self.adam.step()
             self.updates += 1
             self._refresh()
-        for name, gradient in self.gradients.items():
-            gradient.zero_()
-            self.added[name] = 0
+        self.sums.zero()
         return grad_norm
 
     def _norm(self) -> Tensor:

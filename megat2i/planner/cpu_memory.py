@@ -63,6 +63,7 @@ def _head(job: Job, layout: Layout, size: int) -> float:
     """The loss head's backward pass: logits, their gradient (and it in bfloat16), the table's gradient, states."""
     tokens, t, hidden = layout.micro_tokens(job), layout.tensor, job.shape.hidden
     chunk = min(CHUNK_ELEMENTS, tokens * job.columns / t)
-    logits = chunk * (4 + 4 + (2 if size == 2 else 0))
+    # oneDNN copies a transposed bfloat16 operand
+    logits = chunk * (4 + 4 + (2 + 2 if size == 2 else 0))
     table = hidden * (4 * job.rows + size * job.columns) / t
     return logits + table + 4 * size * tokens * hidden

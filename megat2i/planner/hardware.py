@@ -36,8 +36,8 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40", 312e12, 40e9, 1.555e12, 300e9, 25e9, matmul=0.80, attention=0.42),
-        Gpu("a100-80", 312e12, 80e9, 2.039e12, 300e9, 25e9, matmul=0.80, attention=0.42),
+        Gpu("a100-40", 312e12, 40e9, 1.555e12, 300e9, 25e9, matmul=0.795, attention=0.42),
+        Gpu("a100-80", 312e12, 80e9, 2.039e12, 300e9, 25e9, matmul=0.795, attention=0.42),
         Gpu("h100-80", 989e12, 80e9, 3.35e12, 450e9, 50e9, matmul=0.585, attention=0.35),
         Gpu("h200-141", 989e12, 141e9, 4.8e12, 450e9, 50e9, matmul=0.585, attention=0.35),
     )

@@ -4,8 +4,8 @@ from dataclasses import asdict
 
 from megat2i.model import cost
 from megat2i.planner.layout import stages_of
-from megat2i.planner.plan import GB, Planned
 from megat2i.planner.published import POINTS
+from megat2i.planner.ranking import GB, Planned
 
 BEST = 8  # layouts in the table, one for each pair of tensor and pipeline ranks
 

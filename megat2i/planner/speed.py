@@ -188,12 +188,27 @@ def step_time(job: Job, layout: Layout, system: System, gpu: Gpu) -> StepTime:
     return StepTime(
         work=work,
         recompute=costs.seconds(busiest) * count - work.seconds,
-        bubble=_bubble(job, layout, costs, costs.seconds(busiest)),
+        bubble=bubble(job, layout, costs),
         pipeline=sending,
         data=data_seconds,
         optimizer=memory_seconds(gpu, system.update * parameters / layout.data + 4 * parameters),
         links=Links(count * sum(_stage_tensor_bytes(job, layout, stage) for stage in busiest), sent, data_bytes),
     )
+
+
+def bubble(job: Job, layout: Layout, costs: Costs) -> float:
+    """Idle seconds of the busiest rank: the first micro-batch's way through the other ranks' stages, and back.
+
+    Virtual stages shorten the way to one of them on each rank (Narayanan et al. 2021, section 2.2). Zero bubble fills
+    it with weights' gradients, put off in its forward and its backward half (Qi et al. 2023, arXiv 2401.10241, ZB-H1).
+    """
+    stages = stages_of(job, layout.pipeline * layout.virtual_stages)
+    busiest = max(costs.seconds(rank_stages(job, layout, rank)) for rank in range(layout.pipeline))
+    idle = (costs.seconds(stages) - busiest) / layout.virtual_stages
+    if layout.schedule == "zero_bubble":
+        layers = job.shape.layers / len(stages)
+        idle -= 2 * (layout.pipeline - 1) * layers * costs.weights
+    return max(0.0, idle)
 
 
 def rank_parameters(job: Job, layout: Layout, rank: int) -> float:
@@ -238,20 +253,6 @@ def _stage_tensor_bytes(job: Job, layout: Layout, stage: StageLayers) -> float:
     one = _tensor_bytes(job, layout)
     passes = 2 + (layout.recompute == "full") + (0.5 if layout.sequence else 0)
     return one * (passes * (stage.stop - stage.first) + stage.head + stage.embedding / 2)
-
-
-def _bubble(job: Job, layout: Layout, costs: Costs, busiest: float) -> float:
-    """Idle seconds of the busiest rank: the first micro-batch's way through the other ranks' stages, and back.
-
-    Virtual stages shorten the way to one of them on each rank (Narayanan et al. 2021, section 2.2). Zero bubble fills
-    it with weights' gradients, put off in its forward and its backward half (Qi et al. 2023, arXiv 2401.10241, ZB-H1).
-    """
-    stages = stages_of(job, layout.pipeline * layout.virtual_stages)
-    idle = (costs.seconds(stages) - busiest) / layout.virtual_stages
-    if layout.schedule == "zero_bubble":
-        layers = job.shape.layers / len(stages)
-        idle -= 2 * (layout.pipeline - 1) * layers * costs.weights
-    return max(0.0, idle)
 
 
 def _between_stages(job: Job, layout: Layout, gpu: Gpu) -> tuple[float, float]:

@@ -5,7 +5,8 @@ limit where it is plain SGD (beta1 = 0, and an eps so large that the second mome
 its first moment is the reduced gradient itself, and an update is linear in it, which AdamW's is not.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -134,20 +135,12 @@ class Layout:
         )
 
 
-def layouts_that_make_sense() -> Iterator[Layout]:
-    """Every combination of ``AXES`` that could be run."""
-
-    def extend(fields: dict) -> Iterator[Layout]:
-        if len(fields) == len(AXES):
-            layout = Layout(**fields)
-            if layout.makes_sense:
-                yield layout
-            return
-        axis = list(AXES)[len(fields)]
-        for value in AXES[axis]:
-            yield from extend(fields | {axis: value})
-
-    yield from extend({})
+def layouts_that_make_sense(axes: dict[str, tuple]) -> Iterator[Layout]:
+    """Every combination of values of ``axes`` that could be run."""
+    for values in itertools.product(*axes.values()):
+        layout = Layout(**dict(zip(axes, values, strict=True)))
+        if layout.makes_sense:
+            yield layout
 
 
 @dataclass(frozen=True)
@@ -162,9 +155,6 @@ class Training:
     norms: np.ndarray
     gradients: list[dict[str, np.ndarray]]
     weights: dict[str, np.ndarray]
-
-
-Mistake = Callable[[], None]
 
 
 def train_on_rank(make_training, make_batches, config: Config, engine_name: str, lr: float) -> dict:
@@ -230,31 +220,49 @@ def put(tensor: Tensor, shard: Shard, values: Tensor) -> Tensor:
     """``tensor`` with the part that ``shard`` says replaced by ``values``: the inverse of ``Shard.cut``."""
     at = 0
     for start, stop in shard.pieces:
-        tensor.narrow(shard.dimension, start, stop - start).copy_(
-            values.narrow(shard.dimension, at, stop - start)
-        )
+        tensor.narrow(shard.dimension, start, stop - start).copy_(values.narrow(shard.dimension, at, stop - start))
         at += stop - start
     return tensor
 
 
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    """The norm of the difference over the norm of ``expected``."""
+    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-12))
+
+
 def differences(found: Training, expected: Training) -> dict[str, float]:
-    """The largest difference in every quantity: relative, for tensors by norm; of correct tokens in tokens."""
+    """The largest difference of every quantity over the steps: relative, but counts and correct ones in tokens.
 
-    def relative(a, b) -> float:
-        return float(np.max(np.abs(a - b) / np.maximum(np.abs(b), 1e-9)))
+    Tensors by norm: of all gradients or weights together, and of the tensor that differs most.
+    """
 
-    def tensors(a: dict, b: dict) -> float:
-        assert a.keys() == b.keys(), f"other parameters: {sorted(a.keys() ^ b.keys())}"
-        return max(float(np.linalg.norm(a[n] - b[n]) / max(np.linalg.norm(b[n]), 1e-12)) for n in b)
+    def together(tensors: dict[str, np.ndarray], names: Iterable[str]) -> np.ndarray:
+        return np.concatenate([tensors[name].ravel() for name in names])
 
     nll, correct, off_range, counts = range(4)
-    return {
-        "counts": float(np.abs(found.sums - expected.sums)[:, counts].max()),
-        "loss": relative(found.sums[:, nll], expected.sums[:, nll]),
-        "correct": float(np.abs(found.sums - expected.sums)[:, correct].max()),
-        "off_range": relative(found.sums[:, off_range], expected.sums[:, off_range]),
-        "norm": relative(found.norms, expected.norms),
-        "first gradient": tensors(found.gradients[0], expected.gradients[0]),
-        "gradients": max(tensors(a, b) for a, b in zip(found.gradients, expected.gradients, strict=True)),
-        "weights": tensors(found.weights, expected.weights),
-    }
+    result = {"counts": float(np.abs(found.sums - expected.sums)[:, counts].max())}
+    result["correct"] = float(np.abs(found.sums - expected.sums)[:, correct].max())
+    for name, row in (("loss", nll), ("off_range", off_range)):
+        result[name] = float(np.abs(found.sums[:, row] / expected.sums[:, row] - 1).max())
+    result["norm"] = float(np.abs(found.norms / expected.norms - 1).max())
+    pairs = [("gradient", a, b) for a, b in zip(found.gradients, expected.gradients, strict=True)]
+    for name, a, b in (*pairs, ("weights", found.weights, expected.weights)):
+        assert a.keys() == b.keys(), f"{name}: other parameters, {sorted(a.keys() ^ b.keys())}"
+        each = {
+            name: relative(together(a, b), together(b, b)),
+            f"{name} of a tensor": max(relative(a[n], b[n]) for n in b),
+        }
+        for key, value in each.items():
+            result[key] = max(value, result.get(key, 0.0))
+    return result
+
+
+def assert_same(found: dict[str, Training], expected: dict[str, Training], bounds: dict[str, float]) -> None:
+    """``found`` and ``expected``, by optimizer, differ by no more than ``bounds`` says, by quantity."""
+    faults = [
+        f"{optimizer}: {quantity} differs by {difference:.1e}, allowed are {bounds[quantity]:.1e}"
+        for optimizer, training in found.items()
+        for quantity, difference in differences(training, expected[optimizer]).items()
+        if not difference <= bounds[quantity]  # true of NaN as well
+    ]
+    assert not faults, "\n".join(faults)
