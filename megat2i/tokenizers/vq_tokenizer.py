@@ -23,7 +23,7 @@ from megat2i.tokenizers.tokenizer_file import REMEDY, tokenizer_file_content, wr
 from megat2i.tokenizers.vqgan import GROUPS, Architecture, Decoder, Encoder, Norm
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
-PIXELS = {"cpu": 2 * 256**2, "cuda": 32 * 256**2}  # in one pass: enough to keep the device busy
+PIXELS = {"cpu": 2 * 256**2, "cuda": 16 * 256**2}  # in one pass: enough to keep the device busy
 SCORES = {"cpu": 2**24, "cuda": 2**28}  # of the quantiser at once
 
 
@@ -239,7 +239,8 @@ class VQTokenizer(nn.Module):
         side = math.isqrt(codes.shape[1])
         rows, columns = grid or (side, side)
         if rows * columns != codes.shape[1] or rows < 1:
-            raise ValueError(f"{codes.shape[1]} codes do not fill a grid of {rows} x {columns}: pass grid=(rows, columns)")
+            problem = f"{codes.shape[1]} codes do not fill a grid of {rows} x {columns}"
+            raise ValueError(f"{problem}: pass grid=(rows, columns)")
         if codes.numel():
             low, high = int(codes.long().min()), int(codes.long().max())
             if low < 0 or high >= self.codebook_size:

@@ -7,7 +7,6 @@ is how MoVQ (Zheng et al. 2022) differs. Legend: B images of H x W pixels, h x w
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
