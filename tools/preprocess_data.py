@@ -76,7 +76,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--workers",
         type=int,
-        help=f"processes, each with a copy of the tokenizer (default: one per core; {WORKERS_PER_DEVICE} per CUDA device "
+        help=f"processes, each with the tokenizer (default: one per core; {WORKERS_PER_DEVICE} per CUDA device "
         "with a network, which they share)",
     )
     parser.add_argument("--split", choices=SPLITS, default="train", help="of openmoji (default train)")
