@@ -2,9 +2,11 @@
 
 import hashlib
 
+import numpy as np
 import torch
 
 from megat2i.tokenizers.vq_tokenizer import VQTokenizer
+from megat2i.tokenizers.vqgan import Architecture
 
 # The original's fields. Two levels (a stride of 2), attention at the lower one.
 SMALL = {
@@ -32,23 +34,23 @@ def small(**changes) -> dict:
     return {**SMALL, "ddconfig": {**SMALL["ddconfig"], **inner}, **outer}
 
 
-def random_weights(kind: type[VQTokenizer], architecture, scale: float = 1.0) -> dict[str, torch.Tensor]:
-    """A state dict: every tensor from a generator seeded by its name, of a size that keeps activations near one."""
+def random_weights(kind: type[VQTokenizer], architecture: Architecture, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """A state dict of ``random_tensor``s."""
     with torch.device("meta"):
-        shapes = {name: value.shape for name, value in kind(architecture, architecture.stride).state_dict().items()}
-    tensors = {}
-    for name, shape in shapes.items():
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        if name == "quantize.embedding.weight":
-            tensors[name] = scale * noise
-        elif name.endswith("weight") and len(shape) == 4:
-            tensors[name] = scale * noise / shape[1:].numel() ** 0.5
-        else:
-            tensors[name] = 0.1 * scale * noise + (1.0 if name.endswith("weight") else 0.0)
-    return tensors
+        state = kind(architecture, architecture.stride).state_dict()
+    return {name: random_tensor(name, value.shape, scale) for name, value in state.items()}
+
+
+def random_tensor(name: str, shape: torch.Size, scale: float = 1.0) -> torch.Tensor:
+    """float32 weights that are decided by ``name``, of a size that keeps activations near one."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    noise = scale * torch.from_numpy(np.random.default_rng(seed).standard_normal(tuple(shape), np.float32))
+    if name.endswith("embedding.weight"):
+        return noise
+    if len(shape) == 4:
+        return noise / shape[1:].numel() ** 0.5
+    return 0.1 * noise + (1.0 if name.endswith("weight") else 0.0)
 
 
 def random_images(batch: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (batch, 3, height, width), generator=generator, dtype=torch.uint8)
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (batch, 3, height, width), dtype=np.uint8))
