@@ -80,8 +80,7 @@ def preprocess(parts: Sequence[Part], prefix: Path, encoding: Encoding, workers:
     with _only_run(folder):
         _remove_leftovers(prefix)
         prefixes = [folder / f"{number:06d}" for number in range(len(parts))]
-        encoded = _encode_parts(list(zip(parts, prefixes, strict=True)), encoding, workers)
-        manifests = [part.manifest for part in encoded]
+        manifests, codebook = _encode_parts(list(zip(parts, prefixes, strict=True)), encoding, workers)
         ledger = store_path(prefix, ".ledger.jsonl")
         lines = [
             {"source": part.source, "sample": refused.name, "reason": refused.reason}
@@ -93,7 +92,6 @@ def preprocess(parts: Sequence[Part], prefix: Path, encoding: Encoding, workers:
             store_path(prefix, ".json").unlink(missing_ok=True)  # with --overwrite: it describes what now goes
             digests = merge(prefixes, prefix)
             _write_file(ledger, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-            codebook = CodebookUse(np.sum([part.code_counts for part in encoded], axis=0))
             _write_file(store_path(prefix, ".codebook.json"), codebook.content())
             manifest = _whole_manifest(parts, manifests, prefix, encoding, digests)
             manifest.write(prefix)
@@ -210,19 +208,23 @@ class _Progress:
             self.bar.total = self._known + round(self._samples / self._counted * self._unknown)
 
 
-def _encode_parts(jobs: list[tuple[Part, Path]], encoding: Encoding, workers: int) -> list[EncodedPart]:
-    """All parts, in order. One worker is this process itself."""
+def _encode_parts(
+    jobs: list[tuple[Part, Path]], encoding: Encoding, workers: int
+) -> tuple[list[Manifest], CodebookUse]:
+    """(manifests of all parts, in order; use of codes in all of them). One worker is this process itself."""
     progress = _Progress([part for part, _ in jobs])
     run = _run_here(jobs, encoding, progress) if workers == 1 else _run_workers(jobs, encoding, workers, progress)
-    done: list[EncodedPart | None] = [None] * len(jobs)
+    manifests: list[Manifest | None] = [None] * len(jobs)
+    counts = np.zeros(open_tokenizers(encoding)[1].codebook_size, np.int64)
     refused = 0
     with progress.bar as bar:
         for number, encoded in run:
-            done[number] = encoded
+            manifests[number] = encoded.manifest
+            counts += encoded.code_counts  # not kept: there may be hundreds of thousands of parts
             refused += encoded.refused
             bar.set_postfix(refresh=False, refused=refused)
             progress.part_done(jobs[number][0], encoded.manifest.documents + encoded.refused)
-    return done
+    return manifests, CodebookUse(counts)
 
 
 def _run_here(jobs, encoding: Encoding, progress: _Progress) -> Iterator[tuple[int, EncodedPart]]:

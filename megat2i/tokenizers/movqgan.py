@@ -6,7 +6,7 @@ carry no licence: neither is here, and the user names the file.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,9 +78,12 @@ class MoVQGAN(VQTokenizer):
         for name, value in FIXED.items():
             if inner.get(name, value) != value:
                 raise ValueError(f"ddconfig: {name} is {inner[name]}, only {value} is an image tokenizer's")
+        for name in ("ch_mult", "attn_resolutions"):
+            if not isinstance(inner[name], Sequence):
+                raise ValueError(f"ddconfig: {name} is {inner[name]!r}, expected a list")
         levels, resolution = len(inner["ch_mult"]), inner["resolution"]
-        if resolution % 2 ** (levels - 1):
-            raise ValueError(f"ddconfig: resolution {resolution} cannot be halved {levels - 1} times")
+        if type(resolution) is not int or levels < 1 or resolution % 2 ** (levels - 1):
+            raise ValueError(f"ddconfig: resolution {resolution} cannot be halved for {levels} levels")
         return Architecture(
             channels=inner["ch"],
             multipliers=tuple(inner["ch_mult"]),

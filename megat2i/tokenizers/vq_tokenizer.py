@@ -20,7 +20,7 @@ from megat2i.files import DataFileError
 from megat2i.tokenizers.checkpoint_file import read_checkpoint
 from megat2i.tokenizers.kmeans import nearest
 from megat2i.tokenizers.tokenizer_file import REMEDY, tokenizer_file_content, write_tokenizer_file
-from megat2i.tokenizers.vqgan import GROUPS, Architecture, Decoder, Encoder, Norm
+from megat2i.tokenizers.vqgan import Architecture, Decoder, Encoder, Norm
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 PIXELS = {"cpu": 2 * 256**2, "cuda": 16 * 256**2}  # in one pass: enough to keep the device busy
@@ -40,8 +40,6 @@ class VQTokenizer(nn.Module):
             raise ValueError(f"encoder_precision {encoder_precision!r} is none of {', '.join(PRECISIONS)}")
         if image_size < 1 or image_size % architecture.stride:
             raise ValueError(f"image size {image_size} is not a multiple of {architecture.stride} pixels")
-        if odd := [width for width in (architecture.channels, *architecture.widths) if width % GROUPS or width < 1]:
-            raise ValueError(f"{odd[0]} channels are not a multiple of {GROUPS}, the groups of its norms")
         self.stride, self.codebook_size = architecture.stride, architecture.codes
         self.image_size, self.encoder_precision = image_size, encoder_precision
         self.grid = (image_size // self.stride, image_size // self.stride)
@@ -253,9 +251,11 @@ class VQTokenizer(nn.Module):
 def _deduce(cls: type[VQTokenizer], path, tensors: dict[str, Tensor]) -> Architecture:
     try:
         return Architecture.of(tensors)
-    except (KeyError, IndexError, ValueError) as error:  # absent, or of another number of dimensions
-        remedy = "Pass the file that belongs to the model"
-        raise DataFileError(path, f"not a {cls.kind} model: {error} is missing or wrong", remedy) from error
+    except KeyError as error:
+        problem = f"{error.args[0]} is missing"
+    except (IndexError, ValueError) as error:  # tensors of another number of dimensions, or of odd sizes
+        problem = f"the shapes of its tensors are those of no such model ({error})"
+    raise DataFileError(path, f"not a {cls.kind} model: {problem}", "Pass the file that belongs to the model")
 
 
 def _passes(inputs: Tensor, outputs: Tensor, pixels: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -25,6 +25,15 @@ class Architecture:
     embed_dim: int  # d
     codes: int
 
+    def __post_init__(self):
+        for name in ("channels", "blocks", "z_channels", "embed_dim", "codes"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a whole number of at least 1")
+        if not self.multipliers or not all(type(value) is int and value > 0 for value in self.multipliers):
+            raise ValueError(f"multipliers are {self.multipliers}, expected whole numbers of at least 1")
+        if self.channels % GROUPS:
+            raise ValueError(f"{self.channels} channels are not a multiple of {GROUPS}, the groups of the norms")
+
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of every level."""
@@ -37,7 +46,7 @@ class Architecture:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Architecture":
-        """The architecture of a checkpoint's tensors. KeyError names a tensor that every checkpoint has."""
+        """The architecture of a checkpoint's tensors. KeyError names a missing one, ValueError says what is odd."""
         channels = tensors["encoder.conv_in.weight"].shape[0]
         levels = _count(tensors, "encoder.down.{}.block.0.conv1.weight")
         widths = [tensors[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)]

@@ -168,8 +168,13 @@ def test_sizes_by_name_are_those_of_the_originals_fields(name):
         ({**SMALL, "ddconfig": {**SMALL["ddconfig"], "tanh_out": True}}, "tanh_out missing or unknown"),
         (small(double_z=True), "double_z is True, only False"),
         (small(in_channels=1), "in_channels is 1"),
-        (small(resolution=15), "resolution 15 cannot be halved 1 times"),
+        (small(resolution=15), "resolution 15 cannot be halved for 2 levels"),
+        (small(ch_mult=[]), "cannot be halved for 0 levels"),
+        (small(ch_mult=2), "ch_mult is 2, expected a list"),
+        (small(ch_mult=[1, 0]), r"multipliers are \(1, 0\)"),
         (small(ch=40), "40 channels are not a multiple of 32"),
+        (small(num_res_blocks="2"), "blocks is '2', expected a whole number"),
+        (small(embed_dim=0), "embed_dim is 0"),
     ],
 )
 def test_wrong_configurations_are_one_error(tmp_path, config, problem):
@@ -281,6 +286,18 @@ def test_codes_and_images_can_be_used_in_training(tmp_path):
 def test_wrong_arguments_are_one_error(tmp_path, call, problem):
     with pytest.raises(ValueError, match=problem):
         call(make(tmp_path))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_a_gpu_gives_the_originals_codes_and_pictures(tiny, movqgan_golden, precision):
+    io = read_io(movqgan_golden, "tiny")
+    tiny.to("cuda").encoder_precision = precision
+    codes, sure = tiny.encode(io["image_u8"].cuda()).cpu(), io["margin"].flatten(1) > MARGIN
+    agreement = (codes == io["indices"])[sure].float().mean()
+    assert agreement == 1 if precision == "float32" else 0.9 < agreement < 1
+    assert (tiny.decode_float(io["indices"]).cpu() - io["decoded"]).abs().max() < 2e-4
+    assert tiny.encode(io["image_u8"]).device.type == "cpu"  # where the images are
 
 
 def test_codes_of_16_bits_decode(tmp_path):
