@@ -173,7 +173,7 @@ def changed(tensors, **values):
         (lambda t: {k: v for k, v in t.items() if "decoder" not in k}, r"decoder.* is missing \(and \d+ more"),
         (lambda t: {**t, "decoder.extra": torch.ones(1)}, "decoder.extra is unknown"),
         (lambda t: {k: v for k, v in t.items() if "quantize" not in k}, "quantize.embedding.weight is missing"),
-        (lambda t: {k: v for k, v in t.items() if "down" not in k}, "model: the shapes .* blocks is 0"),
+        (lambda t: {k: v for k, v in t.items() if "down" not in k}, "model: the shapes .*blocks is 0"),
         (lambda t: changed(t, quantize_embedding_weight=torch.ones(48)), "not a movqgan model: the shapes"),
         (lambda t: changed(t, encoder_conv_in_weight=torch.tensor(1.0)), "not a movqgan model: the shapes"),
         (lambda t: changed(t, quantize_embedding_weight=torch.ones(64, 4)), r"\[64, 4\], expected \[48, 4\]"),
