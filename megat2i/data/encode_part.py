@@ -151,9 +151,9 @@ def _code_counts(prefix: Path, codebook_size: int) -> np.ndarray:
 
 
 def code_agreement(parts: Sequence[Part], encoding: Encoding) -> tuple[int, float] | None:
-    """(images, share of their codes that float32 gives too) of a sample; None where the encoder computes in float32.
+    """(images, share of their codes that float32 gives too) of a sample.
 
-    The sample is the first readable images of evenly spaced parts.
+    None where the encoder computes in float32, and where nothing is readable. The sample is the first readable images of evenly spaced parts.
     """
     image = open_tokenizers(encoding)[1]
     if image.encoder_precision == "float32":
@@ -164,14 +164,14 @@ def code_agreement(parts: Sequence[Part], encoding: Encoding) -> tuple[int, floa
     chosen = [
         parts[i * len(parts) // min(AGREEMENT_PARTS, len(parts))] for i in range(min(AGREEMENT_PARTS, len(parts)))
     ]
-    share = -(-wanted // len(chosen))
+    share = -(-wanted // max(1, len(chosen)))
     images, codes, equal = 0, 0, 0
     for part in chosen:
         batches = _readable(part, image.image_size, encoding.crop, [], lambda _: None, min(BATCH, share))
         for _, pixels in itertools.islice(batches, -(-share // BATCH)):
             same = image.encode(pixels) == exact.encode(pixels)
             images, codes, equal = images + len(pixels), codes + same.numel(), equal + int(same.sum())
-    return images, equal / max(1, codes)
+    return (images, equal / codes) if codes else None
 
 
 def read_refused(prefix: Path) -> list[Refused]:

@@ -26,7 +26,7 @@ class ImageTokenizer(Protocol):
     codebook_size: int
     image_size: int  # side of the square images that it is meant for, in pixels
     grid: tuple[int, int]  # (rows, columns) of codes of such an image
-    encoder_precision: str  # arithmetic of the encoder: other arithmetic may give other codes
+    encoder_precision: str  # arithmetic of ``encode``, which obeys a change: other arithmetic may give other codes
     sha256: str  # of the file, hexadecimal
 
     @classmethod

@@ -111,6 +111,8 @@ class VQTokenizer(nn.Module):
             raise DataFileError(path, problem, REMEDY)
         try:
             model = cls._build(path, tensors, None, None, image_size, precision)
+        except DataFileError:
+            raise
         except ValueError as error:
             raise DataFileError(path, str(error), REMEDY) from error
         model.checkpoint, model.sha256 = metadata.get("checkpoint", {}), sha256

@@ -272,6 +272,14 @@ def test_a_wrong_file_of_our_form_is_one_error(tmp_path, tensors, metadata, prob
         load_image_tokenizer(tmp_path / "x.safetensors")
 
 
+def test_a_file_of_our_form_with_other_tensors_is_named_once(tmp_path, tensors):
+    content = {"image_tokenizer": json.dumps({"kind": "movqgan", "image_size": 16, "encoder_precision": "float32"})}
+    safetensors.torch.save_file({**tensors, "extra": torch.ones(1)}, tmp_path / "x.safetensors", content)
+    with pytest.raises(DataFileError, match="extra is unknown") as error:
+        load_image_tokenizer(tmp_path / "x.safetensors")
+    assert str(error.value).count("x.safetensors: ") == 1
+
+
 def test_codebooks_of_two_sizes_are_two_tokenizers(tmp_path):
     for codes in (48, 64):
         torch.save(random_weights(MoVQGAN, MoVQGAN.architecture(small(n_embed=codes))), tmp_path / f"{codes}.ckpt")
