@@ -153,7 +153,8 @@ def _code_counts(prefix: Path, codebook_size: int) -> np.ndarray:
 def code_agreement(parts: Sequence[Part], encoding: Encoding) -> tuple[int, float] | None:
     """(images, share of their codes that float32 gives too) of a sample.
 
-    None where the encoder computes in float32, and where nothing is readable. The sample is the first readable images of evenly spaced parts.
+    None where the encoder computes in float32, and where nothing is readable. The sample is the first readable images
+    of evenly spaced parts.
     """
     image = open_tokenizers(encoding)[1]
     if image.encoder_precision == "float32":
@@ -161,9 +162,8 @@ def code_agreement(parts: Sequence[Part], encoding: Encoding) -> tuple[int, floa
     exact = copy.copy(image)  # shares the weights, which are float32 always
     exact.encoder_precision = "float32"
     wanted = AGREEMENT_IMAGES["cuda" if torch.cuda.is_available() else "cpu"]
-    chosen = [
-        parts[i * len(parts) // min(AGREEMENT_PARTS, len(parts))] for i in range(min(AGREEMENT_PARTS, len(parts)))
-    ]
+    number = min(AGREEMENT_PARTS, len(parts))
+    chosen = [parts[i * len(parts) // number] for i in range(number)]
     share = -(-wanted // max(1, len(chosen)))
     images, codes, equal = 0, 0, 0
     for part in chosen:

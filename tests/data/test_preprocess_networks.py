@@ -119,6 +119,9 @@ def test_lower_precision_is_compared_with_float32_and_recorded(tmp_path, encodin
         for store in (IndexedDataset(tmp_path / name / "train") for name in ("low", "exact"))
     ]
     assert np.mean(codes[0] == codes[1]) == pytest.approx(share)  # here the sample is all images
+    (tmp_path / "in" / "0000.png").write_bytes(b"broken")
+    assert code_agreement(parts, low)[0] == 19
+    assert code_agreement([], low) is None
     with pytest.raises(DataFileError, match="tf32, which only CUDA devices compute"):
         run(source, tmp_path / "tf32" / "train", lower(encoding, checkpoint, "tf32"))
 
