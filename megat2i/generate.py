@@ -62,7 +62,7 @@ class Sampler:
             model,
             settings.vocab_layout,
             load_text_tokenizer(_only_file(text)),
-            load_image_tokenizer(_only_file(image)),
+            load_image_tokenizer(_only_file(image)).to(model.device),
             settings.data.sequence_length,
             settings.data.mode,
         )

@@ -5,6 +5,8 @@ Inputs: a folder of images (captions in .txt files of the same names, or in its 
 used are listed in PREFIX.ledger.jsonl. A run that was stopped goes on where it was when started again.
 
     python tools/preprocess_data.py --input photos --output-prefix data/photos/train --train-text-tokenizer 2048
+    python tools/preprocess_data.py --input shards/*.tar --output-prefix data/web/train --text-tokenizer neox.json \
+        --image-tokenizer movqgan --image-checkpoint movqgan_270M.ckpt
 """
 
 import argparse
@@ -14,16 +16,19 @@ from pathlib import Path
 
 import torch
 
-from megat2i.data.encode_part import Encoding
+from megat2i.data.encode_part import CROPS, Encoding, code_agreement, open_tokenizers
 from megat2i.data.fit_tokenizers import fit_image_tokenizer, fit_text_tokenizer
-from megat2i.data.images import CROPS
 from megat2i.data.openmoji import SPLITS
 from megat2i.data.preprocess import Summary, check_output, preprocess
 from megat2i.data.samples import Part
 from megat2i.data.sources import find_parts
 from megat2i.files import DataFileError
-from megat2i.tokenizers.image import load_image_tokenizer
+from megat2i.tokenizers.image import NETWORKS, load_image_tokenizer
+from megat2i.tokenizers.movqgan import MoVQGAN
+from megat2i.tokenizers.patch import PatchTokenizer
+from megat2i.tokenizers.vq_tokenizer import PRECISIONS
 
+WORKERS_PER_DEVICE = 4  # some decode while another encodes
 PATCH_DEFAULTS = {"image_size": 32, "patch_size": 4, "codebook_size": 512}
 
 
@@ -47,15 +52,33 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--image-tokenizer",
         default="patch",
-        metavar="patch|FILE",
-        help="patch (the default): fit a codebook to the images: image_tokenizer.safetensors in the output folder",
+        metavar=f"patch|{'|'.join(NETWORKS)}|FILE",
+        help="patch (the default): fit a codebook to the images; a network: take it from --image-checkpoint; both "
+        "write image_tokenizer.safetensors in the output folder, which later datasets pass as FILE",
     )
-    parser.add_argument("--image-size", type=int, help="side in pixels (default 32, or the tokenizer file's)")
+    parser.add_argument("--image-checkpoint", type=Path, metavar="FILE", help="weights of the network, as published")
+    parser.add_argument("--ema", action="store_true", help="with a training checkpoint: its averaged weights")
+    parser.add_argument(
+        "--encoder-precision",
+        choices=PRECISIONS,
+        help="of the network (default float32); others are faster on GPUs, and the tool says how many codes change",
+    )
+    parser.add_argument(
+        "--image-size", type=int, help="side in pixels (default: patch 32, networks 256, or the file's)"
+    )
     parser.add_argument("--patch-size", type=int, help="with patch: side of a patch in pixels (default 4)")
     parser.add_argument("--codebook-size", type=int, help="with patch: number of codes (default 512)")
-    parser.add_argument("--crop", choices=CROPS, default="center", help="how images become square (default center)")
-    cores = len(os.sched_getaffinity(0))  # those that this process may use
-    parser.add_argument("--workers", type=int, default=cores, help=f"processes (default: one per core, here {cores})")
+    parser.add_argument(
+        "--crop",
+        choices=CROPS,
+        help="how images become square (default: movq with movqgan, as its original, or center)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help=f"processes, each with the tokenizer (default: one per core; {WORKERS_PER_DEVICE} per CUDA device "
+        "with a network, which they share)",
+    )
     parser.add_argument("--split", choices=SPLITS, default="train", help="of openmoji (default train)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset and its tokenizers")
     return _check(parser, parser.parse_args(arguments))
@@ -63,29 +86,37 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Rules across options; ends the program with one sentence where one is broken."""
-    fits = args.image_tokenizer == "patch"
+    fits, network = args.image_tokenizer == "patch", args.image_tokenizer in NETWORKS
     if args.split == "valid" and (fits or args.train_text_tokenizer is not None):
         parser.error("--split valid: tokenizers come from the train split; pass its files to --text-tokenizer, "
                      "--image-tokenizer")  # fmt: skip
+    for name, given in (("image-checkpoint", args.image_checkpoint), ("ema", args.ema),
+                        ("encoder-precision", args.encoder_precision)):  # fmt: skip
+        if given and not network:
+            parser.error(f"--{name} belongs to --image-tokenizer {' or '.join(NETWORKS)}")
+    if network and args.image_checkpoint is None:
+        parser.error(f"--image-tokenizer {args.image_tokenizer} needs --image-checkpoint, the file of its weights")
+    if fits and args.crop == MoVQGAN.crop:
+        parser.error(f"--crop {args.crop} belongs to networks; use center or pad")
     for name in PATCH_DEFAULTS:
         if fits and getattr(args, name) is None:
             setattr(args, name, PATCH_DEFAULTS[name])
         value = getattr(args, name)
         if not fits and name != "image_size" and value is not None:
-            parser.error(f"--{name.replace('_', '-')} belongs to --image-tokenizer patch; the file has its own")
+            parser.error(f"--{name.replace('_', '-')} belongs to --image-tokenizer patch; a file has its own")
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}, expected at least 1")
     if fits and args.image_size % args.patch_size:
         parser.error(f"--image-size {args.image_size} is not a multiple of --patch-size {args.patch_size}")
     if args.train_text_tokenizer is not None and args.train_text_tokenizer < 256:
         parser.error("--train-text-tokenizer needs at least 256: every byte has an id")
-    if args.workers < 1:
+    if args.workers is not None and args.workers < 1:
         parser.error(f"--workers is {args.workers}, expected at least 1")
     return args
 
 
 def prepare_tokenizers(args: argparse.Namespace, parts: list[Part]) -> Encoding:
-    """The tokenizer files that the options ask for; missing ones are trained."""
+    """The tokenizer files that the options ask for; missing ones are trained, or made from their checkpoint."""
     folder = args.output_prefix.parent
     folder.mkdir(parents=True, exist_ok=True)
     text, image = args.text_tokenizer, Path(args.image_tokenizer)
@@ -93,26 +124,55 @@ def prepare_tokenizers(args: argparse.Namespace, parts: list[Part]) -> Encoding:
         image = folder / "image_tokenizer.safetensors"
         print(f"fitting the image tokenizer {image}", flush=True)
         sizes = (args.image_size, args.patch_size, args.codebook_size)
-        fit_image_tokenizer(parts, *sizes, args.crop, image, args.overwrite)
-    elif args.image_size not in (None, load_image_tokenizer(image).image_size):
-        problem = (
-            f"made for images of {load_image_tokenizer(image).image_size} pixels, not --image-size {args.image_size}"
-        )
+        fit_image_tokenizer(parts, *sizes, args.crop or PatchTokenizer.crop, image, args.overwrite)
+    elif args.image_tokenizer in NETWORKS:
+        image = folder / "image_tokenizer.safetensors"
+        take_network(args, image)
+    opened = load_image_tokenizer(image)
+    if args.image_size not in (None, opened.image_size):
+        problem = f"made for images of {opened.image_size} pixels, not --image-size {args.image_size}"
         raise DataFileError(image, problem, "Leave --image-size out")
     if text is None:
         text = folder / "text_tokenizer.json"
         print(f"training the text tokenizer {text}", flush=True)
         fit_text_tokenizer(parts, args.train_text_tokenizer, text, args.overwrite)
-    return Encoding(text, image, args.crop)
+    return Encoding(text, image, args.crop or opened.crop)
+
+
+def take_network(args: argparse.Namespace, path: Path) -> None:
+    """Write the network in ``args.image_checkpoint`` to ``path`` in the form that runs and later datasets open."""
+    kind, size = NETWORKS[args.image_tokenizer], args.image_size or 256
+    precision = args.encoder_precision or "float32"
+    try:
+        network = kind.from_checkpoint(args.image_checkpoint, None, args.ema, size, precision)
+    except DataFileError:
+        raise
+    except ValueError as error:
+        raise DataFileError(args.image_checkpoint, str(error), "Choose another --image-size") from error
+    if path.exists() and not args.overwrite and load_image_tokenizer(path).sha256 != network.sha256:
+        remedy = "Use it with --image-tokenizer, pass --overwrite, or choose another folder"
+        raise DataFileError(path, "there is another tokenizer, and datasets may depend on it", remedy)
+    print(f"taking the image tokenizer {path} from {args.image_checkpoint}", flush=True)
+    network.save(path)
+
+
+def default_workers(encoding: Encoding) -> int:
+    """Number of processes where the user names none."""
+    cores = len(os.sched_getaffinity(0))  # those that this process may use
+    if torch.cuda.is_available() and open_tokenizers(encoding)[1].kind in NETWORKS:
+        return min(cores, WORKERS_PER_DEVICE * torch.cuda.device_count())
+    return cores
 
 
 def describe(summary: Summary, prefix: Path) -> str:
-    manifest = summary.manifest
+    manifest, codebook = summary.manifest, summary.codebook
     return (
         f"{prefix}: {manifest.documents:,} captioned images, {manifest.tokens.text:,} text ids of "
         f"{manifest.text.vocab_size:,}, {manifest.tokens.image:,} image codes of {manifest.image.codebook_size:,}, "
         f"{manifest.dtype}; {summary.refused:,} samples refused"
         + (f", listed in {summary.ledger}" if summary.refused else "")
+        + f"\ncodebook: {codebook.used:,} of {manifest.image.codebook_size:,} codes occur, "
+        f"perplexity {codebook.perplexity:,.0f}"
     )
 
 
@@ -123,7 +183,11 @@ def main() -> None:
         check_output(args.output_prefix, args.overwrite)  # before the time that fitting takes
         parts = find_parts(args.input, args.split)
         encoding = prepare_tokenizers(args, parts)
-        summary = preprocess(parts, args.output_prefix, encoding, args.workers, args.overwrite)
+        if (agreement := code_agreement(parts, encoding)) is not None:
+            images, share = agreement
+            print(f"encoder precision: {share:.2%} of the codes of {images:,} images are those of float32", flush=True)
+        workers = args.workers or default_workers(encoding)
+        summary = preprocess(parts, args.output_prefix, encoding, workers, args.overwrite)
     except DataFileError as error:
         sys.exit(f"preprocess_data.py: error: {error}")
     except KeyboardInterrupt:

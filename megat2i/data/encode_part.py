@@ -5,10 +5,12 @@ samples' files, the tokenizers, the crop, the decoder's version) and what was re
 and whose fingerprint is the present one is kept by a later run; anything else is written again.
 """
 
+import copy
 import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,32 +18,68 @@ import numpy as np
 import PIL
 import torch
 
+from megat2i.data.images import CROPS as SQUARES
 from megat2i.data.images import UnreadableImage, fit_square, to_tensor
-from megat2i.data.indexed import IndexedWriter
+from megat2i.data.indexed import IndexedDataset, IndexedWriter
 from megat2i.data.manifest import ImageContent, Manifest, Source, TextContent, TokenCounts
 from megat2i.data.samples import Part, Refused, Sample
 from megat2i.files import DataFileError, PendingFile, commit, store_path
 from megat2i.tokenizers.image import ImageTokenizer, load_image_tokenizer
+from megat2i.tokenizers.movqgan import MoVQGAN, prepare
 from megat2i.tokenizers.text import TextTokenizer, load_text_tokenizer
 from megat2i.vocab import IMAGE, TEXT
 
 BATCH = 64  # samples tokenized together
 UINT16_IDS = 1 << 16
+CROPS = (*SQUARES, MoVQGAN.crop)
+# Decoders reduce a JPEG on reading where that leaves twice this many pixels a side: never, below 64 megapixels.
+WHOLE = 2048
+AGREEMENT_IMAGES = {"cpu": 64, "cuda": 1024}  # compared with float32 before a job in lower precision
+AGREEMENT_PARTS = 64  # that they are taken from
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What samples become, whatever their source: files of the two tokenizers and the crop (see ``fit_square``)."""
+    """What samples become, whatever their source: files of the two tokenizers and the crop.
+
+    crop: see ``fit_square``; movq: see ``movqgan.prepare``.
+    """
 
     text_tokenizer: Path
     image_tokenizer: Path
     crop: str
 
 
+_device = 0  # number of this process's CUDA device
+
+
+def use_device(worker: int) -> None:
+    """Let this process, the ``worker``-th of a job, encode on its share of the CUDA devices; to be called first."""
+    global _device
+    _device = worker % max(1, torch.cuda.device_count())
+
+
 @functools.lru_cache(maxsize=1)
 def open_tokenizers(encoding: Encoding) -> tuple[TextTokenizer, ImageTokenizer]:
-    """Both tokenizers, opened once per process."""
-    return load_text_tokenizer(encoding.text_tokenizer), load_image_tokenizer(encoding.image_tokenizer)
+    """Both tokenizers, opened once per process; the image tokenizer on a CUDA device where there is one.
+
+    Raises DataFileError, also where the image tokenizer's arithmetic is not to be had here.
+    """
+    image = load_image_tokenizer(encoding.image_tokenizer)
+    if image.encoder_precision == "tf32" and not torch.cuda.is_available():
+        problem, remedy = "its encoder precision is tf32, which only CUDA devices compute", "Use a machine that has one"
+        raise DataFileError(encoding.image_tokenizer, problem, remedy)
+    image = image.to(torch.device("cuda", _device) if torch.cuda.is_available() else "cpu")
+    return load_text_tokenizer(encoding.text_tokenizer), image
+
+
+@dataclass(frozen=True)
+class EncodedPart:
+    """A finished part: its manifest, how many samples it refused, how often it has each code (int64 [codes])."""
+
+    manifest: Manifest
+    refused: int
+    code_counts: np.ndarray
 
 
 @dataclass
@@ -62,16 +100,24 @@ class _Written:
             self.tokens[modality] += len(ids)
 
 
-def encode_part(part: Part, prefix: Path, encoding: Encoding, report: Callable[[int], None]) -> tuple[Manifest, int]:
-    """Write the store ``prefix`` of ``part`` unless a valid one is there. Returns (its manifest, samples refused).
+def encode_part(part: Part, prefix: Path, encoding: Encoding, report: Callable[[int], None]) -> EncodedPart:
+    """Write the store ``prefix`` of ``part`` unless a valid one is there.
 
     ``report`` is called with the number of samples done since its last call.
     """
     fingerprint = _fingerprint(part, encoding)
-    kept = _kept_part(prefix, fingerprint)
-    if kept is not None:
-        report(kept[0].documents + kept[1])
-        return kept
+    manifest, refused = _kept_part(prefix, fingerprint) or (None, 0)
+    if manifest is None:
+        manifest, refused = _write_part(part, prefix, encoding, fingerprint, report)
+    else:
+        report(manifest.documents + refused)
+    return EncodedPart(manifest, refused, _code_counts(prefix, manifest.image.codebook_size))
+
+
+def _write_part(
+    part: Part, prefix: Path, encoding: Encoding, fingerprint: str, report: Callable[[int], None]
+) -> tuple[Manifest, int]:
+    """Write the store ``prefix``; returns (its manifest, samples refused)."""
     store_path(prefix, ".json").unlink(missing_ok=True)
     text, image = open_tokenizers(encoding)
     refused: list[Refused] = []
@@ -96,13 +142,45 @@ def encode_part(part: Part, prefix: Path, encoding: Encoding, report: Callable[[
     return manifest, len(refused)
 
 
+def _code_counts(prefix: Path, codebook_size: int) -> np.ndarray:
+    """How often each code stands in the store ``prefix``: int64 [codebook_size]."""
+    store = IndexedDataset(prefix)
+    if store.modes is None:  # an empty store
+        return np.zeros(codebook_size, np.int64)
+    return np.bincount(store.tokens[np.repeat(store.modes == IMAGE, store.lengths)], minlength=codebook_size)
+
+
+def code_agreement(parts: Sequence[Part], encoding: Encoding) -> tuple[int, float] | None:
+    """(images, share of their codes that float32 gives too) of a sample.
+
+    None where the encoder computes in float32, and where nothing is readable. The sample is the first readable images
+    of evenly spaced parts.
+    """
+    image = open_tokenizers(encoding)[1]
+    if image.encoder_precision == "float32":
+        return None
+    exact = copy.copy(image)  # shares the weights, which are float32 always
+    exact.encoder_precision = "float32"
+    wanted = AGREEMENT_IMAGES["cuda" if torch.cuda.is_available() else "cpu"]
+    number = min(AGREEMENT_PARTS, len(parts))
+    chosen = [parts[i * len(parts) // number] for i in range(number)]
+    share = -(-wanted // max(1, len(chosen)))
+    images, codes, equal = 0, 0, 0
+    for part in chosen:
+        batches = _readable(part, image.image_size, encoding.crop, [], lambda _: None, min(BATCH, share))
+        for _, pixels in itertools.islice(batches, -(-share // BATCH)):
+            same = image.encode(pixels) == exact.encode(pixels)
+            images, codes, equal = images + len(pixels), codes + same.numel(), equal + int(same.sum())
+    return (images, equal / codes) if codes else None
+
+
 def read_refused(prefix: Path) -> list[Refused]:
     """What the finished part ``prefix`` refused."""
     return [Refused(*pair) for pair in _read_record(prefix)["refused"]]
 
 
 def _readable(
-    part: Part, size: int, crop: str, refused: list[Refused], report: Callable[[int], None]
+    part: Part, size: int, crop: str, refused: list[Refused], report: Callable[[int], None], batch: int = BATCH
 ) -> Iterator[tuple[list[Sample], torch.Tensor]]:
     """Batches of readable samples with their images uint8 [B, 3, size, size]; the others go to ``refused``."""
     samples, images = [], []
@@ -112,21 +190,30 @@ def _readable(
             refused.append(sample)
             continue
         try:
-            images.append(to_tensor(fit_square(sample.image(size), size, crop)))
+            images.append(_square(sample, size, crop))
         except UnreadableImage as error:
             refused.append(Refused(sample.name, str(error)))
             continue
         samples.append(sample)
-        if len(samples) == BATCH:
+        if len(samples) == batch:
             yield samples, torch.stack(images)
             samples, images = [], []
     if samples:
         yield samples, torch.stack(images)
 
 
+def _square(sample: Sample, size: int, crop: str) -> torch.Tensor:
+    """The image of ``sample`` as uint8 [3, size, size]. Raises UnreadableImage."""
+    if crop == MoVQGAN.crop:  # from all pixels of the file, as the original does
+        return prepare(sample.image(max(size, WHOLE)), size)
+    return to_tensor(fit_square(sample.image(size), size, crop))
+
+
 def _fingerprint(part: Part, encoding: Encoding) -> str:
     text, image = open_tokenizers(encoding)
-    content = [repr(part), part.identity(), text.sha256, image.sha256, encoding.crop, f"Pillow {PIL.__version__}"]
+    # The last two: another release or device may round differently, and a code on the border of two then changes.
+    versions = [f"Pillow {PIL.__version__}", f"torch {torch.__version__}", f"CUDA {torch.cuda.is_available()}"]
+    content = [repr(part), part.identity(), text.sha256, image.sha256, encoding.crop, *versions]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -22,10 +22,11 @@ from itertools import islice
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from megat2i.data.encode_part import Encoding, encode_part, open_tokenizers, read_refused
+from megat2i.data.encode_part import EncodedPart, Encoding, encode_part, open_tokenizers, read_refused, use_device
 from megat2i.data.indexed import StoreDigests, merge
 from megat2i.data.manifest import Manifest, Source, TokenCounts
 from megat2i.data.samples import Part
@@ -40,6 +41,30 @@ class Summary:
     manifest: Manifest
     refused: int
     ledger: Path
+    codebook: "CodebookUse"
+
+
+@dataclass(frozen=True)
+class CodebookUse:
+    """How a dataset uses its image codes. ``counts``: how often it has each, int64 [codes]."""
+
+    counts: np.ndarray
+
+    @property
+    def used(self) -> int:
+        """Codes that occur at all."""
+        return int(np.count_nonzero(self.counts))
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the entropy of the codes' frequencies: as many codes, used evenly, would be as hard to guess."""
+        share = self.counts[self.counts > 0] / self.counts.sum()
+        return float(np.exp(-(share * np.log(share)).sum()))
+
+    def content(self) -> bytes:
+        """A JSON object of one line."""
+        fields = {"codebook_size": len(self.counts), "used": self.used, "perplexity": round(self.perplexity, 3)}
+        return json.dumps({**fields, "counts": self.counts.tolist()}).encode() + b"\n"
 
 
 def preprocess(parts: Sequence[Part], prefix: Path, encoding: Encoding, workers: int, overwrite: bool) -> Summary:
@@ -55,7 +80,7 @@ def preprocess(parts: Sequence[Part], prefix: Path, encoding: Encoding, workers:
     with _only_run(folder):
         _remove_leftovers(prefix)
         prefixes = [folder / f"{number:06d}" for number in range(len(parts))]
-        manifests = _encode_parts(list(zip(parts, prefixes, strict=True)), encoding, workers)
+        manifests, codebook = _encode_parts(list(zip(parts, prefixes, strict=True)), encoding, workers)
         ledger = store_path(prefix, ".ledger.jsonl")
         lines = [
             {"source": part.source, "sample": refused.name, "reason": refused.reason}
@@ -66,16 +91,17 @@ def preprocess(parts: Sequence[Part], prefix: Path, encoding: Encoding, workers:
         if documents:
             store_path(prefix, ".json").unlink(missing_ok=True)  # with --overwrite: it describes what now goes
             digests = merge(prefixes, prefix)
-            _write_ledger(ledger, lines)
+            _write_file(ledger, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+            _write_file(store_path(prefix, ".codebook.json"), codebook.content())
             manifest = _whole_manifest(parts, manifests, prefix, encoding, digests)
             manifest.write(prefix)
         else:
-            _write_ledger(ledger, lines)
+            _write_file(ledger, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
         shutil.rmtree(folder)
     if not documents:
         first = f"the first: {lines[0]['sample']}: {lines[0]['reason']}" if lines else "they are empty"
         raise DataFileError(prefix, f"no sample of the inputs can be used; {first}", f"{ledger.name} lists them all")
-    return Summary(manifest, len(lines), ledger)
+    return Summary(manifest, len(lines), ledger, codebook)
 
 
 def check_output(prefix: Path, overwrite: bool) -> None:
@@ -111,16 +137,15 @@ def _only_run(folder: Path) -> Iterator[None]:
 
 def _remove_leftovers(prefix: Path) -> None:
     """Temporary files of a killed run beside the dataset (those among the parts go with the parts)."""
-    for suffix in (".bin", ".idx", ".json", ".ledger.jsonl"):
+    for suffix in (".bin", ".idx", ".json", ".ledger.jsonl", ".codebook.json"):
         for path in prefix.parent.glob(f"{prefix.name}{suffix}.*.tmp"):
             path.unlink()
 
 
-def _write_ledger(path: Path, lines: list[dict]) -> None:
+def _write_file(path: Path, content: bytes) -> None:
     file = PendingFile(path)
     try:
-        for line in lines:
-            file.write(json.dumps(line).encode() + b"\n")
+        file.write(content)
         commit([file])
     finally:
         file.discard()
@@ -183,31 +208,35 @@ class _Progress:
             self.bar.total = self._known + round(self._samples / self._counted * self._unknown)
 
 
-def _encode_parts(jobs: list[tuple[Part, Path]], encoding: Encoding, workers: int) -> list[Manifest]:
-    """Manifests of all parts, in order. One worker is this process itself."""
+def _encode_parts(
+    jobs: list[tuple[Part, Path]], encoding: Encoding, workers: int
+) -> tuple[list[Manifest], CodebookUse]:
+    """(manifests of all parts, in order; use of codes in all of them). One worker is this process itself."""
     progress = _Progress([part for part, _ in jobs])
     run = _run_here(jobs, encoding, progress) if workers == 1 else _run_workers(jobs, encoding, workers, progress)
     manifests: list[Manifest | None] = [None] * len(jobs)
+    counts = np.zeros(open_tokenizers(encoding)[1].codebook_size, np.int64)
     refused = 0
     with progress.bar as bar:
-        for number, (manifest, part_refused) in run:
-            manifests[number] = manifest
-            refused += part_refused
+        for number, encoded in run:
+            manifests[number] = encoded.manifest
+            counts += encoded.code_counts  # not kept: there may be hundreds of thousands of parts
+            refused += encoded.refused
             bar.set_postfix(refresh=False, refused=refused)
-            progress.part_done(jobs[number][0], manifest.documents + part_refused)
-    return manifests
+            progress.part_done(jobs[number][0], encoded.manifest.documents + encoded.refused)
+    return manifests, CodebookUse(counts)
 
 
-def _run_here(jobs, encoding: Encoding, progress: _Progress) -> Iterator[tuple[int, tuple[Manifest, int]]]:
+def _run_here(jobs, encoding: Encoding, progress: _Progress) -> Iterator[tuple[int, EncodedPart]]:
     for number, (part, prefix) in enumerate(jobs):
         yield number, encode_part(part, prefix, encoding, progress.bar.update)
 
 
-def _run_workers(jobs, encoding, workers: int, progress: _Progress) -> Iterator[tuple[int, tuple[Manifest, int]]]:
+def _run_workers(jobs, encoding, workers: int, progress: _Progress) -> Iterator[tuple[int, EncodedPart]]:
     context = get_context("spawn")  # the same on every platform; forking a process that has threads is not safe
-    done_samples = context.Value("q", 0)
+    done_samples, started = context.Value("q", 0), context.Value("i", 0)
     waiting, running = iter(enumerate(jobs)), {}
-    with ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (done_samples,)) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (done_samples, started)) as pool:
         try:
             while True:
                 for number, (part, prefix) in islice(waiting, 2 * workers - len(running)):
@@ -229,10 +258,13 @@ def _run_workers(jobs, encoding, workers: int, progress: _Progress) -> Iterator[
 _done_samples = None  # in a worker: the shared number of samples done by all
 
 
-def _start_worker(done_samples) -> None:
+def _start_worker(done_samples, started) -> None:
     global _done_samples
     _done_samples = done_samples
     torch.set_num_threads(1)
+    with started.get_lock():
+        number, started.value = started.value, started.value + 1
+    use_device(number)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -242,7 +274,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(part: Part, prefix: Path, encoding: Encoding) -> tuple[Manifest, int]:
+def _work(part: Part, prefix: Path, encoding: Encoding) -> EncodedPart:
     return encode_part(part, prefix, encoding, _report)
 
 

@@ -1,33 +1,43 @@
-"""The interface of image tokenizers, and opening one from its file.
+"""The interface of image tokenizers, the kinds there are, and opening one from its file.
 
-A new kind is a module with a class of the interface below and its line in ``KINDS``.
+A new kind is a module with a class of the interface below and its entry in ``KINDS``.
 """
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 
 from megat2i.files import DataFileError
+from megat2i.tokenizers.llamagen_vq import LlamaGenVQ
+from megat2i.tokenizers.movqgan import MoVQGAN
 from megat2i.tokenizers.patch import PatchTokenizer
 from megat2i.tokenizers.tokenizer_file import REMEDY, read_tokenizer_file
 
-# Classes with ``kind`` and ``from_file(path, tensors, metadata, sha256)``.
-KINDS = {kind.kind: kind for kind in (PatchTokenizer,)}
+NETWORKS = {kind.kind: kind for kind in (MoVQGAN, LlamaGenVQ)}  # made from other people's checkpoints
+KINDS = {PatchTokenizer.kind: PatchTokenizer, **NETWORKS}
 
 
 class ImageTokenizer(Protocol):
     """Images to codes and back. Codes are 0 .. ``codebook_size`` - 1, row by row from the upper left corner."""
 
-    kind: str
+    kind: str  # its name in ``KINDS`` and in its file
+    crop: str  # how images become square unless the user says otherwise: see ``encode_part.CROPS``
     codebook_size: int
     image_size: int  # side of the square images that it is meant for, in pixels
     grid: tuple[int, int]  # (rows, columns) of codes of such an image
-    encoder_precision: str  # arithmetic of the encoder: other arithmetic may give other codes
+    encoder_precision: str  # arithmetic of ``encode``, which obeys a change: other arithmetic may give other codes
     sha256: str  # of the file, hexadecimal
 
+    @classmethod
+    def from_file(cls, path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict, sha256: str) -> Self:
+        """The tokenizer in an opened file, on the CPU. Raises DataFileError."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Compute on ``device`` from now on."""
+
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Codes int64 [B, rows * columns] of ``images`` uint8 [B, 3, H, W]."""
+        """Codes int64 [B, rows * columns] of ``images`` uint8 [B, 3, H, W], on the device of the images."""
 
     def decode(self, codes: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """Images uint8 [B, 3, H, W] of ``codes`` [B, rows * columns]; ``grid`` where the image is not the usual one."""

@@ -29,6 +29,7 @@ class PatchTokenizer:
     """
 
     kind = "patch"
+    crop = "center"
     encoder_precision = "float32"
 
     def __init__(self, codebook: torch.Tensor, image_size: int, sha256: str | None = None):
@@ -56,6 +57,10 @@ class PatchTokenizer:
             patches = patches[chosen]
         centres = weighted_kmeans(_colours(patches), codebook_size, seed, lambda x: _colours(_pixels(x)).float())
         return cls(_pixels(centres).reshape(codebook_size, 3, patch_size, patch_size), side)
+
+    def to(self, device: torch.device | str) -> "PatchTokenizer":
+        """Nothing changes: the search is one for the CPU, whatever device the rest of a job uses."""
+        return self
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Codes int64 [B, rows * columns] of ``images`` uint8 [B, 3, H, W]: the nearest patch, the first of equals."""

@@ -13,7 +13,10 @@ import torch
 from megat2i.files import DataFileError, PendingFile, commit
 
 METADATA_KEY = "image_tokenizer"  # one key: with several their order, hence the file's digest, would vary
-REMEDY = "Pass an image_tokenizer.safetensors written by tools/preprocess_data.py"
+REMEDY = (
+    "Pass an image_tokenizer.safetensors written by tools/preprocess_data.py, which takes a network's published "
+    "weights from --image-checkpoint"
+)
 
 
 def read_tokenizer_file(path: str | Path) -> tuple[dict[str, torch.Tensor], dict, str]:

@@ -18,7 +18,7 @@ from megat2i.tokenizers.patch import PatchTokenizer
 from megat2i.tokenizers.text import train_text_tokenizer
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
-OUTPUTS = (".bin", ".idx", ".json", ".ledger.jsonl")
+OUTPUTS = (".bin", ".idx", ".json", ".ledger.jsonl", ".codebook.json")
 SIZE = 16
 
 

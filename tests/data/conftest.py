@@ -1,10 +1,14 @@
 """Small token stores for the tests of the data part."""
 
+import importlib.util
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from captioned_images import TOOL
 
 from megat2i.data.indexed import IndexedWriter
 from megat2i.data.manifest import ImageContent, Manifest, Source, TextContent, TokenCounts
@@ -90,3 +94,19 @@ def write_without_modes_fixture():
 @pytest.fixture(name="make_documents")
 def make_documents_fixture():
     return make_documents
+
+
+@pytest.fixture
+def command_line(monkeypatch):
+    """``main`` of tools/preprocess_data.py, called with arguments, in this process."""
+    spec = importlib.util.spec_from_file_location("preprocess_data", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    threads = torch.get_num_threads()
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["preprocess_data.py", *map(str, arguments)])
+        module.main()
+
+    yield call
+    torch.set_num_threads(threads)

@@ -1,17 +1,15 @@
 """The engine: right tokens and manifest, a ledger for what is bad, the same bytes however many workers; the tool."""
 
-import importlib.util
 import io
 import json
 import struct
-import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from captioned_images import SIZE, TOOL, caption, make_encoding, output_bytes, picture, run, tool, write_images
+from captioned_images import SIZE, caption, make_encoding, output_bytes, picture, run, tool, write_images
 from PIL import Image
 
 from megat2i.data.encode_part import Encoding
@@ -200,22 +198,6 @@ def test_what_cannot_be_fitted_is_one_error(tmp_path):
 
 
 # The command line, in this process
-
-
-@pytest.fixture
-def command_line(monkeypatch):
-    """``main`` of the tool, called with arguments."""
-    spec = importlib.util.spec_from_file_location("preprocess_data", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    threads = torch.get_num_threads()
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["preprocess_data.py", *map(str, arguments)])
-        module.main()
-
-    yield call
-    torch.set_num_threads(threads)
 
 
 def test_openmoji_valid_takes_the_tokenizers_of_train(tmp_path, encoding, command_line, capsys):
