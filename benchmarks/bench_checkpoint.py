@@ -159,9 +159,7 @@ def contestants(engine: Rows) -> dict[str, tuple]:
 
 
 def together(action: Callable[[], object]) -> float:
-    """Seconds from the start of ``action`` on all ranks to its end on the last one; the disk is idle before."""
-    dist.barrier()
-    os.sync()
+    """Seconds from the start of ``action`` on all ranks to its end on the last one; every save ends with an fsync."""
     dist.barrier()
     started = time.perf_counter()
     action()

@@ -37,7 +37,7 @@ def on_this_rank(kind: str, offset: str, dtype: torch.dtype) -> tuple[list, list
     parallel = TensorParallel(dist.group.WORLD, rank, ranks)
     norm = make(kind, parallel, dtype)
     x, weight, *bias, grad = numbers(kind, offset, dtype)
-    wide = [value.double().requires_grad_() for value in (x, weight, *bias)]
+    wide = [value.double().clone().requires_grad_() for value in (x, weight, *bias)]
     out = dense(wide[0], wide[1], wide[2] if bias else None, kind)
     out.backward(grad.double())
     mine = slice(*parallel.share(WIDTH))

@@ -33,16 +33,18 @@ from megat2i.topology import ParallelGroups
 from megat2i.trainer import train_step
 from megat2i.vocab import IGNORE
 
-STEPS = 2
+STEPS, ROWS = 2, 64
 
 
 def narrow(parallel: ParallelConfig) -> Config:
     """``parallel`` around a model that takes no time: the layout, the schedule and the number of ranks are real."""
+    rows = ROWS * parallel.tensor * parallel.pipeline // dist.get_world_size()  # of one data-parallel rank
+    micro_batch = max(1, rows // (2 * parallel.pipeline))
     return Config(
         vocab=VocabConfig(text_tokens=505, image_codes=250),
         data=DataConfig(sequence_length=16),
-        model=ModelConfig(hidden=64, layers=10, heads=8, ffn=64, qk_norm=True, positions="rotary"),
-        training=TrainingConfig(global_batch_size=128, micro_batch_size=1),
+        model=ModelConfig(hidden=64, layers=8, heads=8, ffn=64, qk_norm=True, positions="rotary"),
+        training=TrainingConfig(global_batch_size=ROWS, micro_batch_size=micro_batch),
         parallel=parallel,
         runtime=RuntimeConfig(device="cpu", dtype="float32"),
     )
@@ -60,8 +62,8 @@ def batches(settings: Config, step: int, rank: int, ranks: int) -> list[Batch]:
     for row in range(shape[0]):
         labels[row, shape[1] - 1 - row % 9 :] = IGNORE
     modality = torch.from_numpy(layout.modality(labels.numpy()))
-    share = shape[0] // ranks
-    rows = [slice(n, n + 1) for n in range(rank * share, (rank + 1) * share)]
+    share, size = shape[0] // ranks, training.micro_batch_size
+    rows = [slice(n, n + size) for n in range(rank * share, (rank + 1) * share, size)]
     return [Batch(tokens[r], labels[r], modality[r], [], 0) for r in rows]
 
 
