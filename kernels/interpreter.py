@@ -1,8 +1,9 @@
 """Triton's CPU interpreter made right for bfloat16: installed by ``megat2i.kernels`` under TRITON_INTERPRET=1.
 
-As shipped (3.6 to 3.9) the interpreter keeps bfloat16 as bit patterns in numpy's uint16, truncates where hardware rounds
-to nearest even, and multiplies the patterns as integers in ``tl.dot``, all without an error. ``install`` replaces the
-casts and the operands of ``tl.dot``. Sums and products of two bfloat16 values stay wrong: kernels upcast after loading.
+As shipped (3.6 to 3.9) the interpreter keeps bfloat16 as bit patterns in numpy's uint16, truncates where hardware
+rounds to nearest even, and multiplies the patterns as integers in ``tl.dot``, all without an error. ``install``
+replaces the casts and the operands of ``tl.dot``. Sums and products of two bfloat16 values stay wrong: kernels upcast
+after loading.
 """
 
 import os
@@ -28,8 +29,8 @@ def install() -> None:
     missing += [name for name in CASTS if not hasattr(builder, f"create_{name}")]
     if missing:
         raise RuntimeError(
-            f"the interpreter of triton {triton.__version__} has no {', '.join(missing)}: megat2i/kernels/interpreter.py "
-            "knows 3.6 to 3.9; unset TRITON_INTERPRET or use one of those"
+            f"the interpreter of triton {triton.__version__} has no {', '.join(missing)}: "
+            "megat2i.kernels.interpreter knows 3.6 to 3.9; unset TRITON_INTERPRET or use one of those"
         )
     if getattr(builder.cast_impl, "rounds_bfloat16", False):
         return

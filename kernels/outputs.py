@@ -20,10 +20,10 @@ class TokenLosses(NamedTuple):
 
 @dataclass(frozen=True)
 class LiveTokens:
-    """Where the tokens with a target stand, known to the data loader: a bucket of fixed capacity, so shapes never change.
+    """Where the tokens with a target stand, known to the data loader: a bucket of fixed capacity and so fixed shapes.
 
-    order [capacity] int64 on the device: the positions of the live tokens, best grouped by modality, then -1; count: how
-    many they are, on the host. The head then computes ``capacity`` rows instead of N without asking the device.
+    order [capacity] int64 on the device: the positions of the live tokens, best grouped by modality, then -1; count:
+    how many they are, on the host. The head computes ``capacity`` rows instead of N, without asking the device.
     """
 
     order: Tensor
@@ -57,7 +57,7 @@ class GradientBound(NamedTuple):
 
 
 def gradient_bound(losses: TokenLosses, hidden: Tensor, weight: Tensor) -> GradientBound:
-    """The bound that ``losses`` of mode "certified" carry: skipped entries have one sign, so their l1 norm is their sum.
+    """The bound that ``losses`` of mode "certified" carry; skipped entries have one sign: their l1 norm is their sum.
 
     ‖Δ dhidden_i‖ <= skipped_i * max_v ‖weight_v‖ and sum_v ‖Δ dweight_v‖ <= sum_i skipped_i * ‖hidden_i‖. With a
     sharded vocabulary ``weight`` is this rank's share: take the largest bound over the ranks.

@@ -1,18 +1,18 @@
 """The loss head: output projection and cross-entropy in one op that holds a chunk of the [N, V] logits at most.
 
-Design. One matrix product is u = 2 N D V operations; the head needs 3 u (logits, gradient to hidden, gradient to weight).
-Two designs were weighed for N = 36,864, D = 2,048, V = 66,816 in bfloat16 (1 u = 10.1 TFLOP: 39 ms at 260 TFLOP/s, what
-cuBLAS may reach on an A100, 12.8 ms at 790, an H200's):
+Design. One matrix product is u = 2 N D V operations; the head needs 3 u (logits, gradient to hidden, gradient to
+weight). Two designs were weighed for N = 36,864, D = 2,048, V = 66,816 in bfloat16 (1 u = 10.1 TFLOP: 39 ms at 260
+TFLOP/s, what cuBLAS may reach on an A100, 12.8 ms at 790, an H200's):
 
 - Recompute (Apple's CCE): keep two numbers a token, make every tile of logits again inside the gradient kernels. 4 u,
-  1.2 GB of memory traffic (inputs and outputs alone), no buffer. At best 75 % of the rate of three products.
+  1.7 GB of memory traffic (inputs and outputs alone), no buffer. At best 75 % of the rate of three products.
 - Single-offset scaled exponentials (this one): the epilogue of the logits' product stores E = exp(logits - offset) in
-  bfloat16, whose exponents are float32's, so one offset a row serves and no maximum is needed first. The normaliser and the
-  token's weight are then factors of rows, which commute with the products:
-      gradient to hidden = diag(f) (E W),  gradient to weight = E^T (diag(f) X),  f = weight * (1 + slope) * exp(offset - lse)
+  bfloat16, whose exponents are float32's, so one offset a row serves and no maximum is needed first. The normaliser and
+  the token's weight are then factors f = weight * (1 + slope) * exp(offset - lse) of rows, which commute with products:
+      gradient to hidden = diag(f) (E W),  gradient to weight = E^T (diag(f) X),
   with E's entry of the target replaced by that of the gradient, made in float32 where it is 1 - p. 3 u, both gradient
-  products by cuBLAS without a pass over [N, V] of their own; E is written once and read twice inside products (14.8 GB of
-  traffic, 7.4 ms at 2 TB/s, hidden behind 117 ms of arithmetic), and costs a buffer of 4,096 rows, 0.55 GB.
+  products by cuBLAS without a pass over [N, V] of their own; E is written once and read twice inside products (14.8 GB
+  of traffic, 7.4 ms at 2 TB/s, behind 117 ms of arithmetic), and costs a buffer of 4,096 rows, 0.55 GB.
 
 The second wins wherever matrix products are the limit, as here. Only skipping work beats it: ``mode="certified"``
 leaves out blocks of both gradient products, so with 97 % image targets and separated modalities 1 u + 2 * 0.27 u.

@@ -20,6 +20,9 @@ class ChunkedHead:
     def __init__(self, weight: Tensor, settings: Settings):
         self.weight, self.settings = weight, settings
         self.sizes = [piece.stop - piece.start for piece in settings.pieces]
+        pieces = [weight[piece.start : piece.stop] for piece in settings.pieces]
+        # One product over all columns rounds its bfloat16 result once; rows that are not used may hold anything.
+        self.rows_used = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def rows_at_a_time(self) -> int:
         """The same on all ranks, whatever share of the ranges each has: every chunk takes part in collectives."""
@@ -31,11 +34,9 @@ class ChunkedHead:
     def statistics(self, hidden: Tensor, local_row: Tensor, own: Tensor, live: Tensor) -> Tensor:
         """[ranges + 2, n] over all ranks' columns (see ``over_ranks``); keeps E for ``gradients``."""
         settings = self.settings
-        kind = torch.promote_types(hidden.dtype, torch.float32)
-        self.exponentials = e = torch.empty((len(hidden), sum(self.sizes)), dtype=kind, device=hidden.device)
-        for piece, part in zip(settings.pieces, self._parts(e), strict=True):
-            part.copy_(product(hidden, self.weight[piece.start : piece.stop].T))
-            if settings.mode == "masked":
+        self.exponentials = e = product(hidden, self.rows_used.T)
+        if settings.mode == "masked":
+            for piece, part in zip(settings.pieces, self._parts(e), strict=True):
                 part.masked_fill_(~own[piece.range, :, None], float("-inf"))
         here = (local_row >= 0)[:, None]
         self.column = column = self._column(local_row)[:, None]
@@ -64,22 +65,21 @@ class ChunkedHead:
                 keep = values.keep[:, piece.range].repeat_interleave(ROW_TILE)[: len(e)]
                 part.masked_fill_(~keep[:, None], 0.0)
         self.slots = self._slots(values.keep, len(e))
-        self.gradient = self._parts(e.to(self.weight.dtype))
+        self.gradient = e.to(self.weight.dtype)
 
     def hidden_gradient(self) -> Tensor:
         """[n, D] in the dtype of the inputs."""
-        total = self.weight.new_zeros((len(self.column), self.weight.shape[1]))
-        for piece, part, slots in zip(self.settings.pieces, self.gradient, self.slots, strict=True):
-            weight = self.weight[piece.start : piece.stop]
-            if slots is None:
-                total.addmm_(part, weight)
-            elif len(slots):
-                total.index_add_(0, slots, part[slots] @ weight)
-        return total
+        if all(slots is None for slots in self.slots):
+            return self.gradient @ self.rows_used
+        total = torch.zeros((len(self.column), self.weight.shape[1]), dtype=self.offset.dtype)
+        for piece, part, slots in zip(self.settings.pieces, self._parts(self.gradient), self.slots, strict=True):
+            if len(slots):
+                total.index_add_(0, slots, product(part[slots], self.weight[piece.start : piece.stop]))
+        return total.to(self.weight.dtype)
 
     def add_weight_gradient(self, hidden: Tensor, total: Tensor, only_chunk: bool) -> None:
         """Add this chunk's part to ``total`` [rows of weight, D] in float32 or better."""
-        for piece, part, slots in zip(self.settings.pieces, self.gradient, self.slots, strict=True):
+        for piece, part, slots in zip(self.settings.pieces, self._parts(self.gradient), self.slots, strict=True):
             x = hidden
             if slots is not None:
                 part, x = part[slots], hidden[slots]
@@ -107,5 +107,3 @@ class ChunkedHead:
     def _parts(self, columns: Tensor) -> tuple[Tensor, ...]:
         """Views of [n, columns of this rank], one for each piece."""
         return columns.split(self.sizes, dim=1)
-
-

@@ -1,9 +1,9 @@
 """The head as a PyTorch custom op: the walk over chunks of tokens, and its derivative.
 
-The forward pass makes the gradients for an upstream gradient of 1 while a chunk's exponentials are at hand, three matrix
-products in all, and the backward pass multiplies them by the upstream gradient. That is exact where the upstream gradient
-is one number for all tokens (``loss.sum()``, however scaled, which PyTorch hands over as an expanded scalar, known
-without asking the device). Any other upstream gradient is taken as a token weight and the gradients are made anew.
+The forward pass makes the gradients for an upstream gradient of 1 while a chunk's exponentials are at hand, three
+matrix products in all, and the backward pass multiplies them by the upstream gradient. That is exact where the upstream
+gradient is one number for all tokens (``loss.sum()``, however scaled, which PyTorch hands over as an expanded scalar,
+known without asking the device). Any other upstream gradient is taken as a token weight and the gradients made anew.
 """
 
 import torch

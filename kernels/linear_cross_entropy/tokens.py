@@ -1,4 +1,4 @@
-"""From a token's statistics over the vocabulary to its loss and to the coefficients of its gradient: O(N) arithmetic."""
+"""From a token's statistics over the vocabulary to its loss and the coefficients of its gradient: O(N) arithmetic."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,8 +1,8 @@
 """The head on GPUs: exponentials stored by a Triton product's epilogue, gradients by cuBLAS (design in the package).
 
 The offset of a row is the logit of its target (of any column where this rank has no target), so that it follows the
-logits wherever they drift. Rows with a logit more than WINDOW above their offset are done again with their largest logit
-as offset: the device marks their row tiles, and a second launch finds nothing to do where there are none.
+logits wherever they drift. Rows with a logit more than WINDOW above their offset are done again with their largest
+logit as offset: the device marks their row tiles, and a second launch finds nothing to do where there are none.
 """
 
 import torch
@@ -25,10 +25,12 @@ class TritonHead:
     def __init__(self, weight: Tensor, settings: Settings):
         if weight.dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"the Triton head computes bfloat16 and float32, not {weight.dtype}; use 'chunked'")
+        if max(weight.numel(), CHUNK_ROWS * len(weight)) >= 2**31:
+            raise ValueError(f"weight {tuple(weight.shape)} is too large for the Triton head's offsets; use 'chunked'")
         self.weight, self.settings = weight.contiguous(), settings
         self.stored = settings.hidden_gradient or settings.weight_gradient
         self.buffer = weight.new_empty(0)
-        tile = kernels.LOGITS_TILES[weight.element_size()]["COLUMNS"]
+        tile = kernels.tiles_for(kernels.LOGITS_TILES, weight)["COLUMNS"]
         self.tiles = [triton.cdiv(piece.stop - piece.start, tile) for piece in settings.pieces]
 
     def rows_at_a_time(self) -> int:
@@ -53,7 +55,7 @@ class TritonHead:
             inside = (local_row >= piece.start) & (local_row < piece.stop)
             column = torch.where(inside, local_row - piece.start, -1)
             computed = own[piece.range] if self.settings.mode == "masked" else live
-            columns.append(column.masked_fill(~computed, kernels.DEAD).int())
+            columns.append(column.masked_fill(~computed, kernels.DEAD.value).int())
         sums, largest = torch.empty((2, sum(self.tiles), rows), dtype=torch.float32, device=hidden.device)
         self.offset = logits
         again = torch.zeros(triton.cdiv(rows, ROW_TILE), dtype=torch.int32, device=hidden.device)
@@ -68,7 +70,7 @@ class TritonHead:
         return over_ranks(torch.cat((by_range, target[None], top[None])), self.settings.group)
 
     def _exponentials(self, columns: list[Tensor], sums: Tensor, largest: Tensor, again: Tensor, redo: bool) -> None:
-        tiles = kernels.LOGITS_TILES[self.weight.element_size()]
+        tiles = kernels.tiles_for(kernels.LOGITS_TILES, self.weight)
         rows, width = self.hidden.shape
         first = 0
         for piece, target, count in zip(self.settings.pieces, columns, self.tiles, strict=True):
@@ -115,7 +117,7 @@ class TritonHead:
         for piece in self.settings.pieces:
             e, w = self._part(piece, rows), self.weight[piece.start : piece.stop]
             if self.keep is not None:
-                tiles = kernels.HIDDEN_TILES[w.element_size()]
+                tiles = kernels.tiles_for(kernels.HIDDEN_TILES, w)
                 grid = (triton.cdiv(width, tiles["WIDTH"]), triton.cdiv(rows, tiles["ROWS"]))
                 kernels.hidden_product[grid](
                     e, w, self.keep[:, piece.range].int(), total, rows, len(w), width, e.stride(0), w.stride(0), **tiles
@@ -137,7 +139,7 @@ class TritonHead:
                 continue
             kept = self.keep[:, piece.range]
             order = torch.argsort(kept.to(torch.int8), descending=True, stable=True)
-            tiles = kernels.WEIGHT_TILES[x.element_size()]
+            tiles = kernels.tiles_for(kernels.WEIGHT_TILES, x)
             grid = (triton.cdiv(width, tiles["WIDTH"]), triton.cdiv(len(out), tiles["COLUMNS"]))
             kernels.weight_product[grid](
                 e, x, order, kept.sum(), out, rows, len(out), width, e.stride(0), x.stride(0), **tiles

@@ -2,25 +2,42 @@
 
 Shapes: n rows (tokens of a chunk), c columns (of one piece of the vocabulary), D hidden width. bfloat16 operands or
 float32 ones (then multiplied without TF32), float32 sums. Every number has one writer, so results are deterministic.
+Offsets are 32-bit integers: no operand may have 2^31 elements or more.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-DEAD = -2  # in place of a target's column: the row takes no part in this piece; -1: its target is elsewhere
-# Tiles by operand width in bytes: what is tested ahead of time is what runs.
+DEAD = tl.constexpr(
+    -2
+)  # in place of a target's column: the row takes no part in this piece; -1: its target is elsewhere
+# Tiles by chip (least compute capability) and operand width in bytes. What is listed is what is tested ahead of time:
+# no entry spills registers or needs more shared memory than the chip has.
 LOGITS_TILES = {
-    2: {"ROWS": 128, "COLUMNS": 256, "DEPTH": 64, "num_warps": 8, "num_stages": 3},
-    4: {"ROWS": 128, "COLUMNS": 64, "DEPTH": 32, "num_warps": 8, "num_stages": 2},
+    (80, 2): {"ROWS": 128, "COLUMNS": 256, "DEPTH": 32, "num_warps": 8, "num_stages": 4},
+    (90, 2): {"ROWS": 128, "COLUMNS": 256, "DEPTH": 64, "num_warps": 8, "num_stages": 3},
+    (80, 4): {"ROWS": 128, "COLUMNS": 64, "DEPTH": 32, "num_warps": 8, "num_stages": 2},
 }
 HIDDEN_TILES = {
-    2: {"ROWS": 128, "WIDTH": 256, "DEPTH": 32, "num_warps": 8, "num_stages": 3},
-    4: {"ROWS": 128, "WIDTH": 64, "DEPTH": 32, "num_warps": 8, "num_stages": 2},
+    (80, 2): {"ROWS": 128, "WIDTH": 128, "DEPTH": 32, "num_warps": 8, "num_stages": 4},
+    (90, 2): {"ROWS": 128, "WIDTH": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3},
+    (80, 4): {"ROWS": 128, "WIDTH": 64, "DEPTH": 32, "num_warps": 8, "num_stages": 2},
 }
 WEIGHT_TILES = {
-    2: {"COLUMNS": 128, "WIDTH": 256, "ROWS": 128, "DEPTH": 32, "num_warps": 8, "num_stages": 3},
-    4: {"COLUMNS": 128, "WIDTH": 64, "ROWS": 128, "DEPTH": 32, "num_warps": 8, "num_stages": 2},
+    (80, 2): {"COLUMNS": 128, "WIDTH": 128, "ROWS": 128, "DEPTH": 32, "num_warps": 8, "num_stages": 4},
+    (90, 2): {"COLUMNS": 128, "WIDTH": 128, "ROWS": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3},
+    (80, 4): {"COLUMNS": 128, "WIDTH": 64, "ROWS": 128, "DEPTH": 32, "num_warps": 8, "num_stages": 2},
 }
+
+
+def tiles_for(table: dict, tensor: torch.Tensor) -> dict:
+    """The entry of ``table`` for the chip and the dtype of ``tensor``; interpreted: the oldest chip."""
+    chip = 80
+    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9:
+        chip = 90
+    width = tensor.element_size()
+    return table.get((chip, width)) or table[80, width]
 
 
 @triton.jit
@@ -62,43 +79,42 @@ def exponentials(
     """
     row_tiles, column_tiles = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
     row_tile, column_tile = tile_of(tl.program_id(0), row_tiles, column_tiles, GROUP)
-    if REDO:
+    if REDO:  # noqa: SIM102 (known when compiled, the inner one is not)
         if tl.load(again + row_tile) == 0:
             return
     row = row_tile * ROWS + tl.arange(0, ROWS)
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    own = tl.load(target + row, mask=row < rows, other=DEAD)
-    statistic = column_tile.to(tl.int64) * rows + row
-    e_at = e + row.to(tl.int64)[:, None] * stride_e + column[None, :]
-    e_inside = (row < rows)[:, None] & (column < columns)[None, :]
-    if tl.max((own != DEAD).to(tl.int32), axis=0) == 0:  # a tile of nothing costs nothing
-        tl.store(sums + statistic, tl.zeros((ROWS,), tl.float32), mask=row < rows)
-        tl.store(largest + statistic, tl.full((ROWS,), float("-inf"), tl.float32), mask=row < rows)
+    if tl.max((tl.load(target + row, mask=row < rows, other=DEAD) != DEAD).to(tl.int32), axis=0) == 0:
+        # a tile of nothing costs nothing
+        tl.store(sums + column_tile * rows + row, tl.zeros((ROWS,), tl.float32), mask=row < rows)
+        nothing = tl.full((ROWS,), float("-inf"), tl.float32)
+        tl.store(largest + column_tile * rows + row, nothing, mask=row < rows)
         if STORE:
-            tl.store(e_at, tl.zeros((ROWS, COLUMNS), e.dtype.element_ty), mask=e_inside)
+            inside = (row < rows)[:, None] & (column < columns)[None, :]
+            zeros = tl.zeros((ROWS, COLUMNS), e.dtype.element_ty)
+            tl.store(e + row[:, None] * stride_e + column[None, :], zeros, mask=inside)
         return
     # Rows and columns beyond the end read the first ones again: no mask in the loop over rows and columns.
-    x_row = tl.where(row < rows, row, 0).to(tl.int64)
-    w_row = tl.where(column < columns, column, 0).to(tl.int64)
     depth = tl.arange(0, DEPTH)
-    x_at = x + x_row[:, None] * stride_x + depth[None, :]
-    w_at = w + w_row[None, :] * stride_w + depth[:, None]
+    x_at = tl.where(row < rows, row, 0)[:, None] * stride_x + depth[None, :]
+    w_at = tl.where(column < columns, column, 0)[None, :] * stride_w + depth[:, None]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, width, DEPTH):
         left = width - start
-        a = tl.load(x_at, mask=depth[None, :] < left, other=0.0)
-        b = tl.load(w_at, mask=depth[:, None] < left, other=0.0)
+        a = tl.load(x + start + x_at, mask=depth[None, :] < left, other=0.0)
+        b = tl.load(w + start + w_at, mask=depth[:, None] < left, other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
-        x_at += DEPTH
-        w_at += DEPTH
     shift = tl.load(offset + row, mask=row < rows, other=0.0)
-    other = (column < columns)[None, :] & (own != DEAD)[:, None] & (column[None, :] != own[:, None])
+    own = tl.load(target + row, mask=row < rows, other=DEAD)
+    last = tl.where(own == DEAD, 0, columns)  # of a dead row no column counts
+    other = (column[None, :] < last[:, None]) & (column[None, :] != own[:, None])
     exponent = tl.where(other, total - shift[:, None], float("-inf"))
-    tl.store(largest + statistic, tl.max(exponent, axis=1), mask=row < rows)
+    tl.store(largest + column_tile * rows + row, tl.max(exponent, axis=1), mask=row < rows)
     power = tl.exp2(exponent * 1.4426950408889634)
-    tl.store(sums + statistic, tl.sum(power, axis=1), mask=row < rows)
+    tl.store(sums + column_tile * rows + row, tl.sum(power, axis=1), mask=row < rows)
     if STORE:
-        tl.store(e_at, power.to(e.dtype.element_ty), mask=e_inside)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        tl.store(e + row[:, None] * stride_e + column[None, :], power.to(e.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -128,21 +144,17 @@ def hidden_product(
         return
     row = row_tile * ROWS + tl.arange(0, ROWS)
     at = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    x_row = tl.where(row < rows, row, 0).to(tl.int64)
-    w_at = tl.where(at < width, at, 0)
     depth = tl.arange(0, DEPTH)
-    a_at = e + x_row[:, None] * stride_e + depth[None, :]
-    b_at = w + depth.to(tl.int64)[:, None] * stride_w + w_at[None, :]
-    out = total + row.to(tl.int64)[:, None] * width + at[None, :]
+    e_at = tl.where(row < rows, row, 0)[:, None] * stride_e + depth[None, :]
+    w_at = depth[:, None] * stride_w + tl.where(at < width, at, 0)[None, :]
+    out = total + row[:, None] * width + at[None, :]
     inside = (row < rows)[:, None] & (at < width)[None, :]
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
     for start in range(0, columns, DEPTH):
         left = columns - start
-        a = tl.load(a_at, mask=depth[None, :] < left, other=0.0)
-        b = tl.load(b_at, mask=depth[:, None] < left, other=0.0)
+        a = tl.load(e + start + e_at, mask=depth[None, :] < left, other=0.0)
+        b = tl.load(w + start * stride_w + w_at, mask=depth[:, None] < left, other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee")
-        a_at += DEPTH
-        b_at += DEPTH * stride_w
     tl.store(out, acc + tl.load(out, mask=inside, other=0.0), mask=inside)
 
 
@@ -154,16 +166,16 @@ def weight_product(
     """total [c, D] float32 += e.T @ x over the row tiles kept[0 .. count[0]] (ROWS rows each, int64 and int64 [1])."""
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     at = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    e_column = tl.where(column < columns, column, 0)
-    x_at = tl.where(at < width, at, 0)
     depth = tl.arange(0, DEPTH)
-    steps = tl.load(count) * (ROWS // DEPTH)
+    e_at = depth[:, None] * stride_e + tl.where(column < columns, column, 0)[None, :]
+    x_at = depth[:, None] * stride_x + tl.where(at < width, at, 0)[None, :]
+    steps = tl.load(count).to(tl.int32) * (ROWS // DEPTH)
+    out = total + column[:, None] * width + at[None, :]
+    inside = (column < columns)[:, None] & (at < width)[None, :]
     acc = tl.zeros((COLUMNS, WIDTH), tl.float32)
     for step in range(0, steps):
-        row = tl.load(kept + step // (ROWS // DEPTH)) * ROWS + (step % (ROWS // DEPTH)) * DEPTH + depth
-        a = tl.load(e + row[:, None] * stride_e + e_column[None, :], mask=(row < rows)[:, None], other=0.0)
-        b = tl.load(x + row[:, None] * stride_x + x_at[None, :], mask=(row < rows)[:, None], other=0.0)
+        first = tl.load(kept + step // (ROWS // DEPTH)).to(tl.int32) * ROWS + (step % (ROWS // DEPTH)) * DEPTH
+        a = tl.load(e + first * stride_e + e_at, mask=depth[:, None] < rows - first, other=0.0)
+        b = tl.load(x + first * stride_x + x_at, mask=depth[:, None] < rows - first, other=0.0)
         acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee")
-    out = total + column.to(tl.int64)[:, None] * width + at[None, :]
-    inside = (column < columns)[:, None] & (at < width)[None, :]
     tl.store(out, acc + tl.load(out, mask=inside, other=0.0), mask=inside)

@@ -4,8 +4,10 @@ import importlib
 
 import pytest
 import torch
+import torch._dynamo  # noqa: F401 (slow to import: here once instead of in every forked rank)
 import torch.distributed as dist
 from distributed import RankError, run_ranks
+from interpreted import interpreter
 
 from megat2i.kernels import linear_cross_entropy
 
@@ -84,3 +86,44 @@ def test_blocks_that_do_not_divide_are_refused():
             )
 
     run_ranks(2, odd)
+
+
+@pytest.mark.parametrize("mode", ["certified", "masked"])
+def test_the_other_modes_over_ranks(mode):
+    def check():
+        hidden, weight, targets, token_weight = make_case()
+        expected, expected_hidden, expected_weight = run(hidden, weight, targets, token_weight, mode=mode, delta=0.9)
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        local = share(weight, rank, ranks)
+        found = run(hidden, local, targets, token_weight, blocks=BLOCKS, group=dist.group.WORLD, mode=mode, delta=0.9)
+        for mine, theirs in zip(found[0], expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+        assert (found[1] - expected_hidden).norm() < 1e-5 * expected_hidden.norm()
+        assert (found[2] - share(expected_weight, rank, ranks)).norm() < 1e-5 * expected_weight.norm()
+
+    run_ranks(2, check)
+
+
+def interpreted_ranks(ranks: int) -> None:
+    """In the interpreting process: the Triton form over ranks against the chunked form on one."""
+
+    def check():
+        hidden, weight, targets, token_weight = make_case()
+        expected = run(hidden, weight, targets, token_weight, implementation="chunked")
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        local = share(weight, rank, ranks)
+        found = run(
+            hidden, local, targets, token_weight, blocks=BLOCKS, group=dist.group.WORLD, implementation="triton"
+        )
+        for mine, theirs in zip(found[0], expected[0], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+        assert (found[1] - expected[1]).norm() < 1e-5 * expected[1].norm()
+        assert (found[2] - share(expected[2], rank, ranks)).norm() < 1e-5 * expected[2].norm()
+
+    run_ranks(ranks, check)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.full)])
+def test_the_triton_form_over_ranks(ranks):
+    with interpreter() as call:
+        call(interpreted_ranks, ranks)
