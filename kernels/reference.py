@@ -80,6 +80,45 @@ def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
 
 
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(LayerNorm of x + residual, x + residual)."""
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(RMSNorm of x + residual, x + residual)."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+    heads: int,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    centred: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Norm, split into heads and rotary positions of q and k [B, S, H * W]; see ``qk_norm_rope.py``."""
+    results = []
+    for x, weight, bias in ((q, q_weight, q_bias), (k, k_weight, k_bias)):
+        if weight is not None:
+            parts = x.unflatten(-1, (-1, weight.shape[0]))
+            x = (layer_norm(parts, weight, bias, eps) if centred else rms_norm(parts, weight, eps)).flatten(-2)
+        x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+        results.append(x if cosine is None else rotary(x, cosine, sine))
+    return tuple(results)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020)."""
     return F.silu(gate) * up
