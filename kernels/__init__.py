@@ -2,7 +2,7 @@
 
 from megat2i.kernels import interpreter
 from megat2i.kernels.linear_cross_entropy import linear_cross_entropy
-from megat2i.kernels.ops import Ops, choose_ops
+from megat2i.kernels.ops import Ops, choose_ops, describe
 from megat2i.kernels.outputs import GradientBound, LiveTokens, TokenLosses, gradient_bound
 
 if interpreter.interpreting():
@@ -14,6 +14,7 @@ __all__ = [
     "Ops",
     "TokenLosses",
     "choose_ops",
+    "describe",
     "gradient_bound",
     "linear_cross_entropy",
 ]
