@@ -22,7 +22,7 @@ LOGITS_TILES = {
 HIDDEN_TILES = {
     (80, 2): {"ROWS": 128, "WIDTH": 128, "DEPTH": 32, "num_warps": 8, "num_stages": 4},
     (90, 2): {"ROWS": 128, "WIDTH": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3},
-    (80, 4): {"ROWS": 128, "WIDTH": 64, "DEPTH": 32, "num_warps": 8, "num_stages": 2},
+    (80, 4): {"ROWS": 128, "WIDTH": 64, "DEPTH": 16, "num_warps": 8, "num_stages": 2},
 }
 WEIGHT_TILES = {
     (80, 2): {"COLUMNS": 128, "WIDTH": 128, "ROWS": 128, "DEPTH": 32, "num_warps": 8, "num_stages": 4},

@@ -12,7 +12,7 @@ from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes a block may have: A100; H100 and H200
-SPECIALISED = ("stride", "width", "columns")  # integers that the real calls give as multiples of 16
+SPECIALISED = ("stride", "grad_", "width", "half")  # integers that the paper's shapes make multiples of 16
 
 
 class Resources(NamedTuple):
