@@ -74,6 +74,33 @@ CONFIGURATIONS = {name: rest for name, *rest in head_configurations()}
 for chip in SHARED_MEMORY:
     for name, *rest in block_configurations():
         CONFIGURATIONS[f"{name}-sm{chip}"] = (chip, *rest, False)
+# What else a call may ask of the same kernels: (configuration, changed constants).
+VARIANTS = (
+    ("logits-2-sm90", {"STORE": False, "REDO": True}),
+    ("logits-2-sm80", {"STORE": True, "REDO": True}),
+    ("norm-sm90", {"CENTRED": False, "HAS_BIAS": False, "HAS_RESIDUAL": False, "BLOCK": 8192, "num_warps": 16}),
+    ("norm-backward-sm90", {"CENTRED": False, "HAS_BIAS": False, "HAS_TOTAL": False, "BLOCK": 8192, "num_warps": 16}),
+    ("norm-rope-sm90", {"NORM": 0, "CENTRED": False, "HAS_BIAS": False}),
+    ("norm-rope-sm80", {"NORM": 2, "CENTRED": False, "HAS_BIAS": False, "ROTARY": False}),
+    ("norm-rope-backward-sm90", {"NORM": 0, "CENTRED": False, "HAS_BIAS": False}),
+    ("norm-rope-backward-sm80", {"NORM": 2, "CENTRED": False, "HAS_BIAS": False, "ROTARY": False}),
+)
+
+
+@pytest.mark.parametrize(("name", "changed"), VARIANTS, ids=lambda value: value if isinstance(value, str) else "")
+def test_variants_compile_without_spills(name, changed):
+    chip, kernel, types, constants, _ = CONFIGURATIONS[name]
+    found = compile_for(chip, kernel, types, constants | changed)
+    assert found.stack == 0 and found.shared <= SHARED_MEMORY[chip] and found.vector_loads > 0
+
+
+@pytest.mark.parametrize("chip", SHARED_MEMORY)
+def test_the_heads_small_kernels_compile(chip):
+    types = {"x": "*bf16", "w": "*bf16", "local_row": "*i64", "out": FLOAT} | integers("width", "stride_x", "stride_w")
+    dots = compile_for(chip, head.row_logits, types, {"BLOCK": 1024})
+    assert dots.stack == 0 and dots.vector_loads > 0
+    types = dict.fromkeys(("sums", "largest", "offset", "log_sum", "top"), FLOAT) | integers("rows", "first", "last")
+    assert compile_for(chip, head.combine, types, {"BLOCK": 128}).stack == 0
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
