@@ -34,9 +34,10 @@ test: env lint
 test-full: env lint
 	$(PYTEST) --full
 
-# On a machine with a GPU and its own CUDA build of PyTorch: PY=python make test-gpu. No network is needed.
+# On a machine with a GPU and a CUDA build of PyTorch of its own, after `pip install --no-deps --no-build-isolation -e .`:
+# make test-gpu PY=python. That needs torch, triton and pytest, and no network; --confcutdir leaves out what needs more.
 test-gpu: $(GPU_ENV)
-	$(GPU_PYTHON) -m pytest -m gpu tests/kernels
+	$(GPU_PYTHON) -m pytest --confcutdir=tests/kernels -m gpu tests/kernels/test_on_gpu.py
 
 bench-gpu: $(GPU_ENV)
 	$(GPU_PYTHON) benchmarks/bench_head.py --json benchmarks/head.json
