@@ -1,7 +1,8 @@
 """The head in PyTorch operations, a chunk of tokens at a time: the CPU's path, and any device's in float32 and float64.
 
-The offset of a row is its largest logit. The logits of a chunk are made in float32 whatever the inputs are, become
-exponentials in place, then the gradient in place: one buffer and one pass of ``exp``.
+The logits of a chunk are made in float32 whatever the inputs are, become exponentials in place, then the gradient in
+place: one buffer. The offset of a row is the log-sum-exp of its logits but the target's, so that PyTorch's softmax, the
+fastest way to exponentials on a CPU, makes them.
 """
 
 import torch
@@ -42,11 +43,13 @@ class ChunkedHead:
         self.column = column = self._column(local_row)[:, None]
         target = e.gather(1, column)
         e.scatter_(1, column, target.where(~here, float("-inf")))
-        target = target.where(here, float("-inf"))
         largest = e.amax(dim=1, keepdim=True)
-        self.offset = torch.maximum(largest, target).masked_fill(~live[:, None], 0.0)
-        self.offset.masked_fill_(self.offset == float("-inf"), 0.0)
-        e.sub_(self.offset).exp_()
+        alone = largest == float("-inf")  # a softmax of nothing is NaN: there, of one logit that is taken out again
+        e.scatter_(1, column, torch.where(alone, 0.0, e.gather(1, column)))
+        torch.softmax(e, dim=1, out=e)  # a row at a time, and much faster than exp
+        self.offset = (largest - e.amax(dim=1, keepdim=True).log()).masked_fill(alone, 0.0)
+        e.scatter_(1, column, e.gather(1, column).masked_fill(alone, 0.0))
+        target = target.where(here, float("-inf"))
         by_range = e.new_zeros((len(settings.ranges), len(hidden)))
         for piece, part in zip(settings.pieces, self._parts(e), strict=True):
             by_range[piece.range] += part.sum(dim=1)

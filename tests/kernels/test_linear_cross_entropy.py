@@ -97,15 +97,14 @@ def test_confident_predictions_keep_their_gradient():
 def test_bfloat16_gradients_stay_near_the_reference(scale):
     hidden, weight, targets = make_case(tokens=200, width=64, scale=scale, dtype=torch.bfloat16)
     fields, hidden_error, weight_error = compare(hidden, weight, targets)
-    assert max(hidden_error, weight_error) < 6e-3
-    assert fields[1] < 6e-3
+    assert max(hidden_error, weight_error) < 3e-3
+    assert max(fields) < 1e-5
 
 
 def test_bfloat16_gradients_of_confident_predictions():
     hidden, weight, targets = confident_case(torch.bfloat16)
     fields, hidden_error, weight_error = compare(hidden, weight, targets)
-    # The logits are rounded to bfloat16: 2^-9 of 11.3 moves 1 - p by up to 2.2 %.
-    assert max(hidden_error, weight_error) < 2.5e-2 and fields[1] < 6e-3
+    assert max(hidden_error, weight_error) < 3e-3 and max(fields) < 1e-5
 
 
 @pytest.mark.parametrize("break_it", ["target", "weights", "range", "scale"])
