@@ -8,7 +8,11 @@ export PATH := $(BIN):$(PATH)
 # Two test processes on two cores: threads of their own would only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: env demo test test-full test-gpu lint bench clean
+# The interpreter of the GPU targets: PY where it is set (nothing is installed then), else that of .venv.
+GPU_PYTHON := $(or $(PY),$(BIN)/python)
+GPU_ENV := $(if $(PY),,env)
+
+.PHONY: env demo test test-full test-gpu bench-gpu lint bench clean
 
 env: $(VENV)/.installed
 
@@ -29,8 +33,14 @@ test: env lint
 test-full: env lint
 	$(PYTEST) --full
 
-test-gpu: env
-	$(BIN)/python -m pytest -m gpu
+# On a machine with a GPU and a CUDA build of PyTorch of its own, after `pip install --no-deps --no-build-isolation -e .`:
+# make test-gpu PY=python. That needs torch, triton and pytest, and no network; --confcutdir leaves out what needs more.
+test-gpu: $(GPU_ENV)
+	$(GPU_PYTHON) -m pytest --confcutdir=tests/kernels -m gpu tests/kernels/test_on_gpu.py
+
+bench-gpu: $(GPU_ENV)
+	$(GPU_PYTHON) benchmarks/bench_head.py --json benchmarks/head.json
+	$(GPU_PYTHON) benchmarks/bench_block.py --json benchmarks/block.json
 
 bench: env
 	$(BIN)/python benchmarks/bench_dataset.py

@@ -1,15 +1,22 @@
-"""``Ops``: the plain callables that the model's layers receive, chosen once for a device."""
+"""``Ops``: the plain callables that the model's layers receive, chosen once for a device; this is the one place."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megat2i.kernels import reference
-from megat2i.kernels.linear_cross_entropy import linear_cross_entropy
+from megat2i.kernels import norm, reference
+from megat2i.kernels.attention import choose_attention
+from megat2i.kernels.interpreter import interpreting
+from megat2i.kernels.linear_cross_entropy import default_implementation, linear_cross_entropy
+from megat2i.kernels.optimizer import choose_adamw
+from megat2i.kernels.qk_norm_rope import norm_rope_op, qk_norm_rope
+from megat2i.kernels.swiglu import swiglu
+
+IMPLEMENTATIONS = ("reference", "chunked", "triton")
 
 
 @dataclass(frozen=True)
@@ -18,33 +25,74 @@ class Ops:
 
     layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_layer_norm: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
+    qk_norm_rope: Callable[..., tuple[Tensor, Tensor]]
     swiglu: Callable[[Tensor, Tensor], Tensor]
     attention: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., object]
     description: str  # one line for the log: which implementation each op has
 
 
-def choose_ops(device: torch.device, dtype: torch.dtype) -> Ops:
-    """PyTorch's fused operations; attention by flash-attn where it is installed and can run.
+def choose_ops(device: torch.device, dtype: torch.dtype, implementation: str | None = None) -> Ops:
+    """The default for a device and dtype, or ``implementation`` for every op.
 
-    On CPUs, PyTorch's fused attention is slow in bfloat16 (backward at S = 96: five times the two matrix products).
+    "reference": the plain twins; "chunked": PyTorch's own operations, and the loss head in chunks; "triton": our Triton
+    kernels (float64 has none). Attention is a library's in all but "reference".
     """
-    half = dtype in (torch.float16, torch.bfloat16)
-    attention, name = _scaled_dot_product_attention, "torch sdpa"
-    if device.type == "cuda" and half and find_spec("flash_attn") is not None:
-        attention, name = _flash_attention, "flash-attn"
-    elif device.type == "cpu" and half:
-        attention, name = _matrix_product_attention, "matrix products"
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation '{implementation}' is not one of {', '.join(IMPLEMENTATIONS)}")
+    head = implementation or default_implementation(device, dtype)
+    block = implementation or default_block(device, dtype)[0]
+    attention = choose_attention(device, dtype)
+    if block == "reference":
+        attention = attention._replace(function=reference.attention, name="reference")
     return Ops(
-        layer_norm=_layer_norm,
-        rms_norm=_rms_norm,
-        rotary=reference.rotary,
-        swiglu=reference.swiglu,
-        attention=attention,
-        linear_cross_entropy=linear_cross_entropy,
-        description=f"attention={name} norm=torch head=chunked",
+        **_block_ops(block),
+        attention=attention.function,
+        linear_cross_entropy=partial(linear_cross_entropy, implementation=implementation),
+        description=f"attention={attention.name} block={block} head={head}",
     )
+
+
+def default_block(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """(implementation of the norms, rotary positions and SwiGLU, why)."""
+    if dtype == torch.float64:
+        return "chunked", "the Triton kernels compute in float32"
+    if device.type == "cuda":
+        return "triton", "a GPU"
+    if interpreting():
+        return "triton", "TRITON_INTERPRET=1: interpreted"
+    return "chunked", "a CPU: PyTorch's own operations"
+
+
+def describe(device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Which implementation each op will use on ``device`` (default: the GPU if there is one) in ``dtype``, and why."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    head, (block, why) = default_implementation(device, dtype), default_block(device, dtype)
+    because = {
+        "triton": "Triton interpreted" if interpreting() else "bfloat16 on a GPU",
+        "chunked": "PyTorch in chunks of tokens: " + ("a CPU" if device.type == "cpu" else f"{dtype} gains nothing"),
+    }[head]
+    attention, adamw = choose_attention(device, dtype), choose_adamw(device)
+    lines = [("linear_cross_entropy", head, because)]
+    lines += [(name, block, why) for name in ("norms", "qk_norm_rope", "rotary", "swiglu")]
+    lines += [("attention", attention.name, attention.reason), ("AdamW", adamw.name, adamw.reason)]
+    head_line = f"{device}, {dtype}" + (f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "")
+    return "\n".join([head_line, *(f"  {name:22}{chosen:26}{reason}" for name, chosen, reason in lines)])
+
+
+def _block_ops(implementation: str) -> dict[str, Callable]:
+    names = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "rotary", "qk_norm_rope", "swiglu")
+    ops = {name: getattr(reference, name) for name in names}
+    if implementation == "triton":
+        ops |= {name: getattr(norm, name) for name in names[:4]}
+        ops |= {"rotary": _rotary, "qk_norm_rope": qk_norm_rope, "swiglu": swiglu}
+    elif implementation == "chunked":
+        ops |= {"layer_norm": _layer_norm, "rms_norm": _rms_norm}
+        ops |= {"add_layer_norm": _add_layer_norm, "add_rms_norm": _add_rms_norm}
+    return ops
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -55,23 +103,17 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def _scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+def _add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float):
+    total = x + residual
+    return _layer_norm(total, weight, bias, eps), total
 
 
-def _matrix_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    if mask is not None:
-        return _scaled_dot_product_attention(q, k, v, mask)
-    length = q.shape[-2]
-    forbidden = torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-    rows, keys, values = (x.flatten(0, 1) for x in (q, k, v))  # [B * H, S, W]
-    scores = torch.baddbmm(forbidden, rows, keys.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
-    return (scores.softmax(dim=-1) @ values).view(q.shape)
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float):
+    total = x + residual
+    return _rms_norm(total, weight, eps), total
 
 
-def _flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    if mask is not None:  # flash-attn knows no arbitrary masks
-        return _scaled_dot_product_attention(q, k, v, mask)
-    from flash_attn import flash_attn_func  # an optional dependency, present here
-
-    return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True).transpose(1, 2)
+def _rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Of x [B, H, S, W], best a transposed view of [B, S, H, W] memory, as a projection leaves it."""
+    tokens = x.transpose(1, 2)
+    return norm_rope_op(tokens.flatten(2), None, None, cosine, sine, x.shape[1], 0.0, False).transpose(1, 2)

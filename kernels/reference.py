@@ -17,11 +17,15 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     ranges: tuple[tuple[int, int], ...],
+    mode: str = "exact",
     ignore_index: int = -100,
     z_loss: float = 0.0,
     token_weight: Tensor | None = None,
 ) -> TokenLosses:
-    """Cross-entropy of ``hidden @ weight.T`` over the columns in ``ranges``; see ``linear_cross_entropy.py``."""
+    """Cross-entropy of ``hidden @ weight.T`` over the columns in ``ranges``; see ``linear_cross_entropy``.
+
+    Mode "certified" leaves nothing out here: its gradients are the exact ones.
+    """
     logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
     column_range = torch.full((weight.shape[0],), -1, device=weight.device)
     for number, (start, end) in enumerate(ranges):
@@ -32,10 +36,12 @@ def linear_cross_entropy(
     in_table = live & (targets >= 0) & (targets < weight.shape[0])
     safe_targets = torch.where(in_table, targets, ranges[0][0])
     known = in_table & (column_range[safe_targets] >= 0)
+    own_range = column_range[None, :] == column_range[safe_targets][:, None]  # [N, V]
+    if mode == "masked":
+        logits = logits.masked_fill(~own_range, float("-inf"))
     lse = logits.logsumexp(dim=-1)
     nll = lse - logits.gather(1, safe_targets[:, None]).squeeze(1)
     nll = torch.where(known | ~live, nll, torch.nan)
-    own_range = column_range[None, :] == column_range[safe_targets][:, None]  # [N, V]
     off_range_mass = (logits - lse[:, None]).exp().masked_fill(own_range, 0.0).sum(dim=-1)
     loss = nll + z_loss * lse.square()
     if token_weight is not None:
@@ -47,6 +53,7 @@ def linear_cross_entropy(
         lse=torch.where(live, lse, zero).detach(),
         correct=torch.where(live, (nll <= lse - logits.amax(dim=-1)).to(nll.dtype), zero).detach(),
         off_range_mass=torch.where(live, off_range_mass, zero).detach(),
+        skipped=zero.detach(),
     )
 
 
@@ -71,6 +78,45 @@ def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """
     first, second = x.to(cosine.dtype).chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(LayerNorm of x + residual, x + residual)."""
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(RMSNorm of x + residual, x + residual)."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    cosine: Tensor | None,
+    sine: Tensor | None,
+    heads: int,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    centred: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Norm, split into heads and rotary positions of q and k [B, S, H * W]; see ``qk_norm_rope.py``."""
+    results = []
+    for x, weight, bias in ((q, q_weight, q_bias), (k, k_weight, k_bias)):
+        if weight is not None:
+            parts = x.unflatten(-1, (-1, weight.shape[0]))
+            x = (layer_norm(parts, weight, bias, eps) if centred else rms_norm(parts, weight, eps)).flatten(-2)
+        x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+        results.append(x if cosine is None else rotary(x, cosine, sine))
+    return tuple(results)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -8,10 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megat2i.kernels import linear_cross_entropy, reference
-from megat2i.kernels.linear_cross_entropy import IMPLEMENTATIONS
 
-# by import_module: as an attribute of the package the name means the function
-MODULE = importlib.import_module("megat2i.kernels.linear_cross_entropy")
+MODULE = importlib.import_module("megat2i.kernels.linear_cross_entropy.chunked")
 IGNORE = -100
 RANGES = ((0, 37), (48, 90))  # with unused rows between them and behind them
 ROWS = 96
@@ -99,15 +97,14 @@ def test_confident_predictions_keep_their_gradient():
 def test_bfloat16_gradients_stay_near_the_reference(scale):
     hidden, weight, targets = make_case(tokens=200, width=64, scale=scale, dtype=torch.bfloat16)
     fields, hidden_error, weight_error = compare(hidden, weight, targets)
-    assert max(hidden_error, weight_error) < 6e-3
-    assert fields[1] < 6e-3
+    assert max(hidden_error, weight_error) < 3e-3
+    assert max(fields) < 1e-5
 
 
 def test_bfloat16_gradients_of_confident_predictions():
     hidden, weight, targets = confident_case(torch.bfloat16)
     fields, hidden_error, weight_error = compare(hidden, weight, targets)
-    # The logits are rounded to bfloat16: 2^-9 of 11.3 moves 1 - p by up to 2.2 %.
-    assert max(hidden_error, weight_error) < 2.5e-2 and fields[1] < 6e-3
+    assert max(hidden_error, weight_error) < 3e-3 and max(fields) < 1e-5
 
 
 @pytest.mark.parametrize("break_it", ["target", "weights", "range", "scale"])
@@ -234,7 +231,7 @@ def test_fields_by_hand():
     torch.testing.assert_close(losses.loss, torch.tensor([*expected, 0.0]))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
 @pytest.mark.parametrize("outside", [37, 47, 90, 95, 5000, -1])
 def test_a_target_outside_the_ranges_is_nan_for_its_token_alone(implementation, outside):
     hidden, weight, targets = make_case(ignored=0.0)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megat2i.kernels import choose_ops, reference
+from megat2i.kernels import choose_ops, describe, reference
+from megat2i.kernels.attention import document_mask
 
 # Largest relative L2 error of results and gradients against float64 on the same numbers.
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -137,3 +138,48 @@ def test_rotary_scores_depend_on_the_distance_alone(dtype):
     assert ops.rotary(q, angles([3], width).cos().float(), angles([3], width).sin().float()).dtype == dtype
     assert abs(score(7, 3) - score(104, 100)) < bound
     assert abs(score(7, 3) - score(8, 3)) > 2 * bound
+
+
+def test_forcing_an_implementation():
+    cpu = torch.device("cpu")
+    forced = choose_ops(cpu, torch.float32, "reference")
+    assert forced.layer_norm is reference.layer_norm and forced.attention is reference.attention
+    assert "block=reference head=reference" in forced.description
+    assert "block=triton head=triton" in choose_ops(cpu, torch.float32, "triton").description
+    assert "block=chunked head=chunked" in choose_ops(cpu, torch.bfloat16).description
+    with pytest.raises(ValueError, match="'cuda' is not one of reference, chunked, triton"):
+        choose_ops(cpu, torch.float32, "cuda")
+
+
+@pytest.mark.parametrize("name", ["add_layer_norm", "add_rms_norm", "qk_norm_rope"])
+def test_pytorchs_own_operations_equal_the_twins(name):
+    ops, generator = choose_ops(torch.device("cpu"), torch.float32), torch.Generator().manual_seed(0)
+    x, residual, weight = (torch.randn(*shape, generator=generator) for shape in ((2, 3, 8), (2, 3, 8), (8,)))
+    table = torch.rand(3, 2, generator=generator)
+    arguments = {
+        "add_layer_norm": (x, residual, weight, None, 1e-5),
+        "add_rms_norm": (x, residual, weight, 1e-5),
+        "qk_norm_rope": (x, residual, table, table, 2),
+    }[name]
+    for found, expected in zip(getattr(ops, name)(*arguments), getattr(reference, name)(*arguments), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_describe_names_every_op_and_why(monkeypatch):
+    text = describe(torch.device("cpu"), torch.float32)
+    for word in ("linear_cross_entropy", "norms", "qk_norm_rope", "rotary", "swiglu", "attention", "AdamW", "a CPU"):
+        assert word in text
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "interpreted" in describe(torch.device("cpu"), torch.float32)
+
+
+def test_document_mask():
+    mask = document_mask(torch.tensor([[0, 0, 1, 1, 1]]))[0, 0]
+    expected = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]])
+    assert torch.equal(mask, expected.bool())
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 5, 4, generator=generator) for _ in range(3))
+    packed = choose_ops(torch.device("cpu"), torch.float32).attention(q, k, v, mask)
+    alone = reference.attention(q[:, :, 2:], k[:, :, 2:], v[:, :, 2:])
+    torch.testing.assert_close(packed[:, :, 2:], alone)
+    assert (reference.attention(q, k, v)[:, :, 2:] - alone).abs().max() > 0.1

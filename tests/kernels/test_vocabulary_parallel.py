@@ -4,12 +4,14 @@ import importlib
 
 import pytest
 import torch
+import torch._dynamo  # noqa: F401 (slow to import: here once instead of in every forked rank)
 import torch.distributed as dist
 from distributed import RankError, run_ranks
+from interpreted import interpreter
 
 from megat2i.kernels import linear_cross_entropy
 
-MODULE = importlib.import_module("megat2i.kernels.linear_cross_entropy")
+MODULE = importlib.import_module("megat2i.kernels.linear_cross_entropy.chunked")
 RANGES = ((0, 37), (48, 90))  # text with specials, and image codes; unused rows behind each
 BLOCKS = ((48, 96), (0, 48))  # each rank holds its share of the image rows first, then of the text rows
 TOKENS, WIDTH, ROWS = 61, 16, 96
@@ -48,7 +50,7 @@ def check_rank(chunk_elements: int, blocks=BLOCKS) -> None:
     MODULE.CHUNK_ELEMENTS = chunk_elements
     local = share(weight, rank, ranks, blocks)
     found, found_hidden, found_weight = run(hidden, local, targets, token_weight, blocks=BLOCKS, group=dist.group.WORLD)
-    for name, mine, theirs in zip(("loss", "nll", "lse", "correct", "off"), found, expected, strict=True):
+    for name, mine, theirs in zip(("loss", "nll", "lse", "correct", "off", "skipped"), found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
     for mine, theirs in ((found_hidden, expected_hidden), (found_weight, share(expected_weight, rank, ranks))):
         assert (mine - theirs).norm() < 1e-5 * theirs.norm()
@@ -70,7 +72,7 @@ def test_a_missing_reduction_of_the_hidden_gradient_is_noticed(monkeypatch):
         def wait(self):
             pass
 
-    monkeypatch.setattr(MODULE.dist, "all_reduce", lambda *_, **__: Done())
+    monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: Done())
     with pytest.raises(RankError):
         run_ranks(2, check_rank, 1 << 23)
 
@@ -84,3 +86,44 @@ def test_blocks_that_do_not_divide_are_refused():
             )
 
     run_ranks(2, odd)
+
+
+@pytest.mark.parametrize("mode", ["certified", "masked"])
+def test_the_other_modes_over_ranks(mode):
+    def check():
+        hidden, weight, targets, token_weight = make_case()
+        expected, expected_hidden, expected_weight = run(hidden, weight, targets, token_weight, mode=mode, delta=0.9)
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        local = share(weight, rank, ranks)
+        found = run(hidden, local, targets, token_weight, blocks=BLOCKS, group=dist.group.WORLD, mode=mode, delta=0.9)
+        for mine, theirs in zip(found[0], expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+        assert (found[1] - expected_hidden).norm() < 1e-5 * expected_hidden.norm()
+        assert (found[2] - share(expected_weight, rank, ranks)).norm() < 1e-5 * expected_weight.norm()
+
+    run_ranks(2, check)
+
+
+def interpreted_ranks(ranks: int) -> None:
+    """In the interpreting process: the Triton form over ranks against the chunked form on one."""
+
+    def check():
+        hidden, weight, targets, token_weight = make_case()
+        expected = run(hidden, weight, targets, token_weight, implementation="chunked")
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        local = share(weight, rank, ranks)
+        found = run(
+            hidden, local, targets, token_weight, blocks=BLOCKS, group=dist.group.WORLD, implementation="triton"
+        )
+        for mine, theirs in zip(found[0], expected[0], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+        assert (found[1] - expected[1]).norm() < 1e-5 * expected[1].norm()
+        assert (found[2] - share(expected[2], rank, ranks)).norm() < 1e-5 * expected[2].norm()
+
+    run_ranks(ranks, check)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.full)])
+def test_the_triton_form_over_ranks(ranks):
+    with interpreter() as call:
+        call(interpreted_ranks, ranks)

@@ -1,0 +1,177 @@
+"""What only a GPU can show: every kernel against float64 at real sizes, graph capture, no waiting, determinism, memory.
+
+``make test-gpu`` runs this file, like every test marked ``gpu``; the small cases are those of the interpreted tests.
+"""
+
+import pytest
+import torch
+from block_cases import CASES as BLOCK_CASES
+from block_cases import check as check_block
+from block_cases import rope
+from head_cases import IGNORE, check, relative
+from test_triton_head import CASES as HEAD_CASES
+from test_triton_head import certified
+
+from megat2i.kernels import LiveTokens, choose_ops, linear_cross_entropy
+
+pytestmark = pytest.mark.gpu
+RANGES, ROWS, WIDTH = ((0, 50_284), (50_432, 66_816)), 66_816, 2_048
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize("implementation", ["triton", "chunked"])
+@pytest.mark.parametrize("name", HEAD_CASES)
+def test_head_cases(name, implementation):
+    check(HEAD_CASES[name], implementation, "cuda")
+
+
+@pytest.mark.parametrize("name", BLOCK_CASES)
+def test_block_cases(name):
+    check_block(BLOCK_CASES[name], "cuda")
+
+
+@pytest.mark.parametrize("op", ["norm", "rope", "swiglu"])
+def test_block_kernels_at_the_papers_shape(op):
+    from block_cases import Case, norm
+
+    case = {
+        "norm": norm("add_layer_norm", (8_192, 2_048), True, BF16),
+        "rope": rope(8, 1_024, 16, 64, 2_048, dtype=BF16),
+        "swiglu": Case("swiglu", "swiglu", ((8_192, 5_504), (8_192, 5_504)), dtype=BF16, strided=True),
+    }[op]
+    check_block(case, "cuda")
+
+
+def real(tokens: int, scale: float, ignored: float = 1 / 12):
+    """(hidden, weight, targets) of the paper's head in bfloat16; larger scales are more peaked."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    options = {"generator": generator, "device": "cuda"}
+    image = torch.rand(tokens, **options) > 0.03
+    targets = torch.where(
+        image, torch.randint(*RANGES[1], (tokens,), **options), torch.randint(*RANGES[0], (tokens,), **options)
+    )
+    weight = torch.randn(ROWS, WIDTH, **options) * WIDTH**-0.5
+    hidden = torch.randn(tokens, WIDTH, **options) * scale + scale * 3 * torch.nn.functional.normalize(weight[targets])
+    targets[torch.rand(tokens, **options) < ignored] = IGNORE
+    return hidden.to(BF16), weight.to(BF16), targets
+
+
+def oracle(hidden, weight, targets):
+    """(nll [N], gradients of the sum) in float64, a thousand tokens at a time."""
+    hidden, weight = hidden.double(), weight.double()
+    columns = torch.cat([torch.arange(*pair, device="cuda") for pair in RANGES])
+    nll, grad_hidden = torch.zeros(len(hidden), device="cuda", dtype=torch.float64), torch.zeros_like(hidden)
+    grad_weight = torch.zeros_like(weight)
+    outside = torch.ones(ROWS, dtype=torch.bool, device="cuda")
+    outside[columns] = False
+    for rows in (targets != IGNORE).nonzero()[:, 0].split(1_024):
+        logits = (hidden[rows] @ weight.T).masked_fill_(outside, float("-inf"))
+        target = targets[rows, None]
+        lse = logits.logsumexp(1, keepdim=True)
+        nll[rows] = (lse - logits.gather(1, target))[:, 0]
+        gradient = logits.sub_(lse).exp_()
+        gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float64))
+        grad_hidden[rows] = gradient @ weight
+        grad_weight += gradient.T @ hidden[rows]
+    return nll, grad_hidden, grad_weight
+
+
+def run(hidden, weight, targets, **options):
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    losses = linear_cross_entropy(hidden, weight, targets, ranges=RANGES, implementation="triton", **options)
+    losses.loss.sum().backward()
+    return losses, hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("tokens", [8_192, 36_864])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
+def test_the_head_at_real_sizes(tokens, scale):
+    hidden, weight, targets = real(tokens, scale)
+    losses, grad_hidden, grad_weight = run(hidden, weight, targets)
+    nll, of_hidden, of_weight = oracle(hidden, weight, targets)
+    assert (losses.nll.double() - nll).abs().max() < 1e-5 * max(1.0, losses.lse.abs().max().item())
+    assert relative(grad_hidden.double(), of_hidden) < 3e-3
+    assert relative(grad_weight.double(), of_weight) < 3e-3
+
+
+def test_runs_repeat_bit_for_bit_and_the_bucket_changes_nothing_else():
+    hidden, weight, targets = real(8_192, 1.0)
+    first, second = (run(hidden, weight, targets) for _ in range(2))
+    assert torch.equal(first[0].loss, second[0].loss)
+    assert torch.equal(first[1], second[1]) and torch.equal(first[2], second[2])
+    modality = torch.where(targets == IGNORE, -1, (targets >= RANGES[1][0]).long()).cpu()
+    live = LiveTokens.collect(modality, 7_680).to(torch.device("cuda"))
+    packed = run(hidden, weight, targets, live=live)
+    assert relative(packed[1].double(), first[1].double()) < 3e-3
+    assert relative(packed[2].double(), first[2].double()) < 3e-3
+
+
+@pytest.mark.parametrize("mode", ["exact", "certified"])
+def test_nothing_waits_for_the_device_and_a_graph_replays_it(mode):
+    hidden, weight, targets = real(8_192, 1.0)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    result = {}
+
+    def step():
+        losses = linear_cross_entropy(hidden, weight, targets, ranges=RANGES, mode=mode, z_loss=1e-4)
+        result["loss"] = losses.loss.sum()
+        result["gradients"] = torch.autograd.grad(result["loss"], (hidden, weight))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    captured = result["loss"], *result["gradients"]
+    with torch.no_grad():
+        hidden.mul_(0.5)
+    graph.replay()
+    replayed = [tensor.clone() for tensor in captured]
+    step()
+    for one, other in zip(replayed, (result["loss"], *result["gradients"]), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_head_needs_little_memory():
+    hidden, weight, targets = real(36_864, 1.0)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_cross_entropy(hidden, weight, targets, ranges=RANGES).loss.sum().backward()
+    kept = hidden.grad.nbytes + weight.grad.nbytes
+    extra = torch.cuda.max_memory_allocated() - before - kept
+    print(f"\npeak beyond inputs and gradients: {extra / 1e9:.2f} GB")
+    assert extra < 2.0e9  # a buffer of exponentials and the float32 gradient to the weight; all logits are 4.9 GB
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_the_certified_bound_holds(adversarial):
+    hidden, weight, share, same_loss = certified(5.0, torch.float32, 1e-3, "triton", adversarial, "cuda")
+    assert same_loss and share > 0.3 and hidden <= 1.0 and weight <= 1.0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention(packed):
+    from megat2i.kernels import reference
+    from megat2i.kernels.attention import document_mask
+
+    ops = choose_ops(torch.device("cuda"), BF16)
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 256, 128, generator=generator, device="cuda", dtype=BF16) for _ in range(3))
+    mask = document_mask(torch.arange(256, device="cuda").expand(2, 256) // 100) if packed else None
+    found = []
+    for call, kind in ((ops.attention, BF16), (reference.attention, torch.float64)):
+        inputs = [t.to(kind).requires_grad_() for t in (q, k, v)]
+        result = call(*inputs, mask)
+        found.append([t.double() for t in (result, *torch.autograd.grad(result.sum(), inputs))])
+    for one, other in zip(*found, strict=True):
+        assert relative(one, other) < 1e-2
