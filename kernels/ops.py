@@ -91,7 +91,7 @@ def _block_ops(implementation: str) -> dict[str, Callable]:
         ops |= {"rotary": _rotary, "qk_norm_rope": qk_norm_rope, "swiglu": swiglu}
     elif implementation == "chunked":
         ops |= {"layer_norm": _layer_norm, "rms_norm": _rms_norm}
-        ops |= {"add_layer_norm": _add_layer_norm, "add_rms_norm": _add_rms_norm}
+        ops |= {"add_layer_norm": _add_layer_norm, "add_rms_norm": _add_rms_norm, "qk_norm_rope": _qk_norm_rope}
     return ops
 
 
@@ -111,6 +111,21 @@ def _add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | 
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float):
     total = x + residual
     return _rms_norm(total, weight, eps), total
+
+
+def _qk_norm_rope(
+    q: Tensor, k: Tensor, cosine: Tensor | None, sine: Tensor | None, heads: int, *,
+    q_weight: Tensor | None = None, k_weight: Tensor | None = None,
+    q_bias: Tensor | None = None, k_bias: Tensor | None = None, eps: float = 1e-5, centred: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    results = []
+    for x, weight, bias in ((q, q_weight, q_bias), (k, k_weight, k_bias)):
+        if weight is not None:
+            parts = x.unflatten(-1, (-1, len(weight)))
+            x = (_layer_norm(parts, weight, bias, eps) if centred else _rms_norm(parts, weight, eps)).flatten(-2)
+        x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+        results.append(x if cosine is None else reference.rotary(x, cosine, sine))
+    return tuple(results)
 
 
 def _rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -52,20 +52,35 @@ class ModelConfig:
     hidden: int = 2048
     layers: int = 24
     heads: int = 16
-    ffn: int | None = None  # None: open_lm's rule, 8/3 of hidden rounded up to 256
-    norm: str = "layer_norm"  # layer_norm | layer_norm_gain_only | rms_norm
+    kv_heads: int | None = None  # heads of keys and values, shared by groups of query heads; None: as heads
+    head_width: int | None = None  # None: hidden / heads
+    ffn: int | None = None  # None: open_lm's rule, 8/3 of hidden rounded up to 256; 4 x hidden with gelu
+    feed_forward: str = "swiglu"  # swiglu | gelu
+    norm: str = "layer_norm"  # layer_norm | layer_norm_gain_only | layer_norm_no_gain | rms_norm
     norm_eps: float = 1e-5
     qk_norm: bool = False
-    positions: str = "none"  # none | rotary
+    qk_norm_per_head: bool = False  # over each head alone (Qwen3), not over all heads together (open_lm)
+    embedding_norm: bool = False  # a norm behind the token embedding
+    tied_embeddings: bool = False  # one table for token embedding and output
+    positions: str = "none"  # none | rotary (pairs half a head apart) | rotary_interleaved (neighbours)
     rotary_base: float = 10_000.0
     seed: int = 0  # initial weights
+    pretrained: str | None = None  # folder of initial weights: convert_checkpoint.py's, or Hugging Face's
+    expansion: str = "random"  # random | mean | gaussian | file: special and image rows of a pre-trained model
+    expansion_file: str | None = None  # safetensors of image rows, for expansion=file
 
     @property
     def head_dim(self) -> int:
-        return self.hidden // self.heads
+        return self.head_width or self.hidden // self.heads
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.kv_heads or self.heads
 
     @property
     def ffn_hidden(self) -> int:
+        if self.feed_forward == "gelu":
+            return self.ffn or 4 * self.hidden
         return self.ffn or 256 * ((int(8 * self.hidden / 3) + 255) // 256)
 
 
@@ -227,16 +242,26 @@ def validate(config: Config, world_size: int) -> None:
     model, training = config.model, config.training
     if not config.data.train:
         raise ConfigError("data.train is empty; name at least one dataset: data.train: [{prefix: data/openmoji/train}]")
-    if model.hidden % model.heads:
-        raise ConfigError(f"model.hidden={model.hidden} is not divisible by model.heads={model.heads}")
-    if model.positions == "rotary" and model.head_dim % 2:
-        raise ConfigError(f"model.positions=rotary needs an even head width, got hidden / heads = {model.head_dim}")
+    _validate_model(model)
     if training.stop_at is not None and training.stop_at > training.steps:
         raise ConfigError(f"training.stop_at={training.stop_at} is beyond training.steps={training.steps}")
     if config.optimizer.min_lr > config.optimizer.lr:
         raise ConfigError(f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}")
     _validate_parallel(config, world_size)
     _validate_data(config)
+
+
+def _validate_model(model: ModelConfig) -> None:
+    if model.head_width is None and model.hidden % model.heads:
+        raise ConfigError(f"model.hidden={model.hidden} is not divisible by model.heads={model.heads}")
+    if model.positions != "none" and model.head_dim % 2:
+        raise ConfigError(f"model.positions={model.positions} needs an even head width, got {model.head_dim}")
+    if model.heads % model.key_value_heads:
+        raise ConfigError(f"model.heads={model.heads} is not a multiple of model.kv_heads={model.kv_heads}")
+    if model.qk_norm_per_head and not model.qk_norm:
+        raise ConfigError("model.qk_norm_per_head=true needs model.qk_norm=true")
+    if (model.expansion == "file") != (model.expansion_file is not None):
+        raise ConfigError("model.expansion=file and model.expansion_file belong together: give both or neither")
 
 
 def _validate_parallel(config: Config, world_size: int) -> None:
@@ -249,7 +274,12 @@ def _validate_parallel(config: Config, world_size: int) -> None:
             f"{world_size} processes do not divide into parallel.tensor x parallel.pipeline = {tensor} x {pipeline}; "
             f"start a multiple of {tensor * pipeline}"
         )
-    for name, size in (("heads", model.heads), ("ffn", model.ffn_hidden)):
+    if model.tied_embeddings and pipeline > 1:
+        raise ConfigError(
+            f"model.tied_embeddings=true with parallel.pipeline={pipeline}: the embedding and the output would be on "
+            "different ranks; set parallel.pipeline=1"
+        )
+    for name, size in (("heads", model.heads), ("kv_heads", model.key_value_heads), ("ffn", model.ffn_hidden)):
         if size % tensor:
             raise ConfigError(f"model.{name}={size} is not divisible by parallel.tensor={tensor}")
     data = world_size // (tensor * pipeline)

@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 CHOICES = {
     "data.mode": ("text_to_image", "image_only", "text_only"),
-    "model.norm": ("layer_norm", "layer_norm_gain_only", "rms_norm"),
-    "model.positions": ("none", "rotary"),
+    "model.feed_forward": ("swiglu", "gelu"),
+    "model.norm": ("layer_norm", "layer_norm_gain_only", "layer_norm_no_gain", "rms_norm"),
+    "model.positions": ("none", "rotary", "rotary_interleaved"),
+    "model.expansion": ("random", "mean", "gaussian", "file"),
     "optimizer.engine": (None, "deepspeed", "torch"),
     "optimizer.reduce_dtype": ("float32", "bfloat16"),
     "parallel.schedule": ("1f1b", "interleaved", "zero_bubble"),
@@ -24,6 +26,8 @@ LIMITS = (
     ("model.hidden", 1, None),
     ("model.layers", 1, None),
     ("model.heads", 1, None),
+    ("model.kv_heads", 1, None),
+    ("model.head_width", 1, None),
     ("model.ffn", 1, None),
     ("model.norm_eps", 1e-12, 1.0),
     ("model.rotary_base", 1.0, 1e9),

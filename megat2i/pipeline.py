@@ -159,7 +159,7 @@ class _Step:
         if not layers.head:
             self.leaving[SEND, stage, micro_batch] = out.detach()
         else:
-            losses = model.losses(out, batch.labels, self.weights[micro_batch], self.z_loss)
+            losses = model.losses(out, batch.labels, self.weights[micro_batch], self.z_loss, batch.live)
             self.sums += _sums(losses, batch)
             out = self.objective(losses) if self.objective is not None else None
         if self.objective is not None:  # the edge, not the tensor: what was sent need not be kept

@@ -15,6 +15,10 @@ import torch
 from megat2i.data import order
 from megat2i.data.blend import Blend
 from megat2i.data.t2i_dataset import T2IDataset
+from megat2i.kernels import LiveTokens
+
+LIVE_MARGIN = 1.02  # of the average; a micro-batch that has more is computed without the list, right but slower
+LIVE_TILE = 128  # positions: a row tile of the loss head
 
 
 class Sample(NamedTuple):
@@ -38,10 +42,18 @@ class Batch:
     modality: torch.Tensor
     samples: list[Sample]
     text_cut: int
+    live_capacity: int = 0
+    live: LiveTokens | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch with its tensors on ``device``."""
+        """The same batch with its tensors on ``device``; for a GPU also where the positions with a label stand.
+
+        A GPU would have to be asked, and would make the host wait; on a CPU the loss head finds them for nothing.
+        """
         tensors = {name: getattr(self, name).to(device) for name in ("tokens", "labels", "modality")}
+        if device.type == "cuda" and self.live_capacity:
+            found = LiveTokens.collect(self.modality, self.live_capacity)
+            tensors["live"] = found.to(device) if found else None
         return replace(self, **tensors)
 
 
@@ -57,6 +69,7 @@ class TrainingData:
         self.datasets = [dataset for dataset, _ in datasets]
         self.blend = Blend([weight for _, weight in datasets])
         self.seed, self.global_batch_size = seed, global_batch_size
+        self._mean_labels = max(dataset.mean_labels for dataset in self.datasets)
 
     def samples(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> list[Sample]:
         """The samples of the global batch of ``step`` (counted from 0), in order; or one rank's contiguous share."""
@@ -84,10 +97,16 @@ class TrainingData:
                 f"ranks x training.micro_batch_size {micro_batch_size}; change one of the three"
             )
         samples = self.samples(step, dp_rank, dp_size)
+        capacity = self._live_capacity(micro_batch_size)
         return [
-            _batch(self.datasets, samples[start : start + micro_batch_size], micro_batch_size)
+            _batch(self.datasets, samples[start : start + micro_batch_size], micro_batch_size, capacity)
             for start in range(0, len(samples), micro_batch_size)
         ]
+
+    def _live_capacity(self, rows: int) -> int:
+        """Room for the positions with a label of ``rows`` rows: a little more than the fullest dataset's average."""
+        tiles = -(-int(rows * self._mean_labels * LIVE_MARGIN) // LIVE_TILE) + 1
+        return min(tiles * LIVE_TILE, rows * self.datasets[0].sequence_length)
 
 
 def evaluation_batches(
@@ -113,13 +132,15 @@ def evaluation_batches(
     return batches()  # a generator of its own, so that the checks above run when this function is called
 
 
-def _batch(datasets: Sequence[T2IDataset], samples: list[Sample], size: int) -> Batch:
+def _batch(datasets: Sequence[T2IDataset], samples: list[Sample], size: int, live_capacity: int = 0) -> Batch:
     """The rows of ``samples`` as a batch of ``size`` rows; rows beyond them are padding."""
     tokens, labels, modality = datasets[0].blank_rows(size)
     text_cut = 0
     for at, sample in enumerate(samples):
         text_cut += datasets[sample.dataset].fill(sample.row, sample.epoch, tokens[at], labels[at], modality[at])
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(modality), samples, text_cut)
+    return Batch(
+        torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(modality), samples, text_cut, live_capacity
+    )
 
 
 def _check_rank(dp_rank: int, dp_size: int, micro_batch_size: int) -> None:

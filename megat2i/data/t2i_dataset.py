@@ -122,10 +122,19 @@ class T2IDataset:
         """How many captions are longer than a row has room for and lose their end."""
         if not self._pattern or TEXT not in self.modalities:
             return 0
-        lengths = self.store.lengths[self._pattern.index(TEXT) :: len(self._pattern)].astype(np.int64)
-        if IMAGE in self.modalities:
-            lengths += self.store.lengths[self._pattern.index(IMAGE) :: len(self._pattern)]
-        return int((lengths + self._specials > self.sequence_length).sum())
+        return int((self._lengths() > self.sequence_length).sum())
+
+    @property
+    def mean_labels(self) -> float:
+        """Positions with a label of an average row, captions in full."""
+        if not self._pattern:
+            return float(self.sequence_length)
+        return float(np.minimum(self._lengths(), self.sequence_length).mean()) - 1  # the first token is no label
+
+    def _lengths(self) -> np.ndarray:
+        """Tokens of every row before it is cut."""
+        sequences = [self.store.lengths[self._pattern.index(kind) :: len(self._pattern)] for kind in self.modalities]
+        return sum(lengths.astype(np.int64) for lengths in sequences) + self._specials
 
     def row(self, sample: int, epoch: int | None) -> Row:
         """Row number ``sample`` in the order of the file. An ``epoch`` of None means evaluation: no caption is dropped.

@@ -13,27 +13,42 @@ BACKWARD = 2  # FLOPs of the backward pass for one of the forward pass: gradient
 
 def norm_parameters(shape: ModelConfig) -> int:
     """Parameters of one norm of width ``hidden``."""
-    return shape.hidden * (2 if shape.norm == "layer_norm" else 1)
+    return shape.hidden * _norm_vectors(shape)
+
+
+def attention_width(shape: ModelConfig) -> int:
+    """Outputs of the query projection: all heads."""
+    return shape.heads * shape.head_dim
+
+
+def joined_width(shape: ModelConfig) -> int:
+    """Outputs of the query, key and value projections together."""
+    return (shape.heads + 2 * shape.key_value_heads) * shape.head_dim
 
 
 def layer_matrices(shape: ModelConfig) -> int:
-    """Parameters of one layer that multiply: query, key, value, output; gate, up, down."""
-    return 4 * shape.hidden**2 + 3 * shape.hidden * shape.ffn_hidden
+    """Parameters of one layer that multiply: query, key, value, output; gate (SwiGLU's alone), up, down."""
+    attention = (joined_width(shape) + attention_width(shape)) * shape.hidden
+    return attention + (3 if shape.feed_forward == "swiglu" else 2) * shape.hidden * shape.ffn_hidden
 
 
 def layer_parameters(shape: ModelConfig) -> int:
     """All parameters of one layer: its matrices, its two norms and, with qk-norm, those of query and key."""
-    return layer_matrices(shape) + (4 if shape.qk_norm else 2) * norm_parameters(shape)
+    normed = 0
+    if shape.qk_norm:
+        heads = 2 if shape.qk_norm_per_head else shape.heads + shape.key_value_heads
+        normed = heads * shape.head_dim * _norm_vectors(shape)
+    return layer_matrices(shape) + 2 * norm_parameters(shape) + normed
 
 
 def embedding_parameters(shape: ModelConfig, rows: int) -> int:
-    """Parameters of the token embedding with ``rows`` vocabulary rows."""
-    return rows * shape.hidden
+    """Parameters of the token embedding with ``rows`` vocabulary rows, and of the norm behind it."""
+    return rows * shape.hidden + (norm_parameters(shape) if shape.embedding_norm else 0)
 
 
 def head_parameters(shape: ModelConfig, rows: int) -> int:
-    """Parameters of the final norm and the output table with ``rows`` vocabulary rows."""
-    return norm_parameters(shape) + rows * shape.hidden
+    """Parameters of the final norm and of the output table with ``rows`` vocabulary rows, unless it is tied."""
+    return norm_parameters(shape) + (0 if shape.tied_embeddings else rows * shape.hidden)
 
 
 def model_parameters(shape: ModelConfig, rows: int) -> int:
@@ -49,7 +64,7 @@ def layer_forward_flops(shape: ModelConfig, sequence_length: int) -> int:
 
 def attention_forward_flops(shape: ModelConfig, sequence_length: int) -> int:
     """FLOPs of one layer's scores and weighted values for one token: half of S keys on average."""
-    return 2 * shape.hidden * sequence_length
+    return 2 * attention_width(shape) * sequence_length
 
 
 def head_forward_flops(shape: ModelConfig, columns: int) -> int:
@@ -61,3 +76,8 @@ def flops_per_token(shape: ModelConfig, columns: int, sequence_length: int) -> i
     """Training FLOPs of one token: 6 x (matrices that multiply) + 6 x layers x hidden x S of causal attention."""
     forward = shape.layers * layer_forward_flops(shape, sequence_length) + head_forward_flops(shape, columns)
     return (1 + BACKWARD) * forward
+
+
+def _norm_vectors(shape: ModelConfig) -> int:
+    """Vectors of a norm: gain and bias, the gain alone, none."""
+    return {"layer_norm": 2, "layer_norm_no_gain": 0}.get(shape.norm, 1)

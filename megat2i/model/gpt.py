@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megat2i.config import ModelConfig
-from megat2i.kernels import Ops, TokenLosses
+from megat2i.kernels import LiveTokens, Ops, TokenLosses
 from megat2i.model.layers import INIT_CUT, Block, BlockShape, HeadsNorm, LayerCache, Norm, Positions
 from megat2i.model.part import WHOLE_MODEL, Part
 from megat2i.model.partition import StageLayers
@@ -116,8 +116,15 @@ class GPT(nn.Module):
             x = self.layers[str(layer)](x, positions, cache.layers[str(layer)] if cache else None)
         return x
 
-    def losses(self, x: Tensor, targets: Tensor, token_weight: Tensor | None, z_loss: float) -> TokenLosses:
-        """The head of the last stage: losses [B * S] from what leaves the last layer."""
+    def losses(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        token_weight: Tensor | None,
+        z_loss: float,
+        live: LiveTokens | None = None,
+    ) -> TokenLosses:
+        """The head of the last stage: losses [B * S] from what leaves the last layer; ``live``: see the head."""
         return self.ops.linear_cross_entropy(
             self.output.collect(self.norm(x)),
             self.output.weight,
@@ -127,6 +134,7 @@ class GPT(nn.Module):
             z_loss=z_loss,
             token_weight=None if token_weight is None else token_weight.flatten(),
             group=self.parallel.group,
+            live=live,
         )
 
     def hidden_states(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:

@@ -43,11 +43,22 @@ class Norm(nn.Module):
         self.kind, self.eps, self.ops, self.parallel = kind, eps, ops, parallel
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "rms_norm":
+            return self.ops.rms_norm(x, *self._gain())
+        return self.ops.layer_norm(x, *self._gain())
+
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of x + residual, x + residual), in one pass over memory where the op can."""
+        if self.kind == "rms_norm":
+            return self.ops.add_rms_norm(x, residual, *self._gain())
+        return self.ops.add_layer_norm(x, residual, *self._gain())
+
+    def _gain(self) -> tuple:
+        """What the op takes after its inputs: gain, bias unless it has none by kind, epsilon."""
         weight = shared_parameter(self.weight, self.parallel)
         if self.kind == "rms_norm":
-            return self.ops.rms_norm(x, weight, self.eps)
-        bias = None if self.bias is None else shared_parameter(self.bias, self.parallel)
-        return self.ops.layer_norm(x, weight, bias, self.eps)
+            return weight, self.eps
+        return weight, None if self.bias is None else shared_parameter(self.bias, self.parallel), self.eps
 
 
 class HeadsNorm(nn.Module):
@@ -64,12 +75,9 @@ class HeadsNorm(nn.Module):
         self.kind, self.eps, self.ops, self.parallel = kind, eps, ops, parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.parallel.size == 1:
-            if self.kind == "rms_norm":
-                return self.ops.rms_norm(x, self.weight, self.eps)
-            return self.ops.layer_norm(x, self.weight, self.bias, self.eps)
+        """Norm of [N, width / t] where several ranks have a part; alone, attention's own op norms in its pass."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean = wide.mean(dim=-1, keepdim=True) if self.kind != "rms_norm" else torch.zeros_like(wide[:, :1])
+        mean = wide.mean(dim=-1, keepdim=True) if self.kind != "rms_norm" else torch.zeros_like(wide[..., :1])
         spread = (wide - mean).square().mean(dim=-1, keepdim=True)
         means, spreads = gather_statistics(torch.cat((mean, spread), dim=-1), self.parallel).split(1, dim=-1)
         centre = means.mean(dim=0)
@@ -125,14 +133,16 @@ class Attention(nn.Module):
 
     def attend(self, qkv: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
         """[N, 3 x H x W] -> [N, H x W]."""
-        q, k, v = qkv.chunk(3, dim=-1)
-        if self.q_norm is not None:
+        q, k, v = qkv.unflatten(0, (positions.batch, -1)).chunk(3, dim=-1)  # [B, S, H x W]
+        norms = {}
+        if self.q_norm is not None and self.q_norm.parallel.size > 1:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).unflatten(0, (positions.batch, -1)) for t in (q, k, v))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, S, W]
-        if positions.cosine is not None:
-            q = self.ops.rotary(q, positions.cosine, positions.sine)
-            k = self.ops.rotary(k, positions.cosine, positions.sine)
+        elif self.q_norm is not None:
+            norms = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight, "eps": self.q_norm.eps}
+            norms |= {"q_bias": self.q_norm.bias, "k_bias": self.k_norm.bias}
+            norms["centred"] = self.q_norm.kind != "rms_norm"
+        q, k = self.ops.qk_norm_rope(q, k, positions.cosine, positions.sine, self.heads, **norms)
+        v = v.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # q, k, v: [B, H, S, W]
         if cache is not None:
             k, v = cache.append(positions.start, k, v)
         out = self.ops.attention(q, k, v, positions.mask)
@@ -179,15 +189,14 @@ class Block(nn.Module):
 
     def _run(self, x: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
         attention, feed_forward = self.attention, self.feed_forward
-        cheap = _recomputed if self.recompute == "selective" and torch.is_grad_enabled() else _kept
-        qkv = cheap(self.attention_norm, attention.in_proj, x)
-        x = x + cheap(lambda qkv: attention.attend(qkv, positions, cache), attention.out_proj, qkv)
-        gate_up = cheap(self.ffn_norm, feed_forward.w12, x)
-        return x + cheap(feed_forward.activate, feed_forward.w3, gate_up)
-
-
-def _kept(function: Callable[[Tensor], Tensor], linear: nn.Module, x: Tensor) -> Tensor:
-    return linear(function(x))
+        if self.recompute == "selective" and torch.is_grad_enabled():
+            qkv = _recomputed(self.attention_norm, attention.in_proj, x)
+            x = x + _recomputed(lambda qkv: attention.attend(qkv, positions, cache), attention.out_proj, qkv)
+            gate_up = _recomputed(self.ffn_norm, feed_forward.w12, x)
+            return x + _recomputed(feed_forward.activate, feed_forward.w3, gate_up)
+        attended = attention.attend(attention.in_proj(self.attention_norm(x)), positions, cache)
+        normed, x = self.ffn_norm.of_sum(attention.out_proj(attended), x)
+        return x + feed_forward.w3(feed_forward.activate(feed_forward.w12(normed)))
 
 
 def _recomputed(function: Callable[[Tensor], Tensor], linear: nn.Module, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from megat2i.data.batches import Sample, TrainingData, evaluation_batches
 from megat2i.data.t2i_dataset import T2IDataset
+from megat2i.kernels import LiveTokens
 from megat2i.vocab import IGNORE, VocabLayout
 
 VOCAB = VocabLayout(300, 64)
@@ -183,3 +184,18 @@ def test_evaluation_arguments_are_checked_at_the_call(dataset):
         with pytest.raises(ValueError, match=message):
             evaluation_batches(dataset, *arguments)
     assert len(list(islice(evaluation_batches(dataset, 0, 1, 1), 5))) == 5
+
+
+def test_room_for_the_labels_of_a_micro_batch(dataset):
+    """The capacity follows the data's average, in whole tiles; what does not fit is told as nothing."""
+    labels = [int((dataset.row(number, None).labels != IGNORE).sum()) for number in range(len(dataset))]
+    assert dataset.mean_labels == pytest.approx(np.mean(labels))
+    data = TrainingData([(dataset, 1.0)], 0, 20)
+    (batch,) = data.micro_batches(0, 0, 1, 20)
+    assert batch.live_capacity == min(20 * 20, 128 * (-(-int(20 * np.mean(labels) * 1.02) // 128) + 1))
+    found = LiveTokens.collect(batch.modality, batch.live_capacity)
+    places = found.order[found.order >= 0]
+    assert sorted(places.tolist()) == (batch.labels.flatten() != IGNORE).nonzero().flatten().tolist()
+    assert found.count == len(places) and len(found.order) == batch.live_capacity
+    assert LiveTokens.collect(batch.modality, found.count - 1) is None
+    assert batch.to(torch.device("cpu")).live is None

@@ -55,25 +55,26 @@ def check(kind: str, dtype: torch.dtype, bounds: dict[str, float]) -> None:
         found, expected = on_this_rank(kind, offset, dtype)
         for name, mine, theirs in zip(("result", "x", "gain", "bias"), found, expected, strict=False):
             error = ((mine - theirs).norm() / theirs.norm()).item()
-            assert error < bound, f"{name}, mean {offset}: {error:.1e}"
+            assert error < bound, f"{name}, mean {offset}, {dtype}: {error:.1e}"
 
 
 # The mean of numbers around 1000 is known to half of 6e-5 in float32, with a spread of 1.
 BOUNDS = {
-    torch.float64: {"none": 1e-14, "common": 1e-11, "of each head": 1e-13},
-    torch.float32: {"none": 5e-7, "common": 1e-4, "of each head": 3e-6},
+    torch.float64: {"none": 1e-15, "common": 1e-12, "of each head": 1e-15},
+    torch.float32: {"none": 5e-7, "common": 2e-4, "of each head": 5e-7},
     torch.bfloat16: {"none": 6e-3},
 }
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 8])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-def test_ranks_normalise_as_one(ranks, kind, dtype):
-    run_ranks(ranks, check, kind, dtype, BOUNDS[dtype])
+def test_ranks_normalise_as_one(ranks, kind):
+    run_ranks(ranks, lambda: [check(kind, dtype, bounds) for dtype, bounds in BOUNDS.items()])
 
 
 def broken(mistake, kind: str, bounds: dict[str, float]) -> str:
+    """What a check with ``mistake`` says."""
+
     def run():
         mistake()
         check(kind, torch.float32, bounds)

@@ -178,7 +178,7 @@ def test_one_process_trains_so_that_a_difference_would_show(one_process, variant
         start = one_process.initial(variant)
         assert (training.sums[:, 3] > 0).all()
         for name, after in training.weights.items():
-            assert relative(after, start[name]) > 100 * FLOAT32["weights of a tensor"], (optimizer, name)
+            assert relative(after, start[name]) > 20 * FLOAT32["weights of a tensor"], (optimizer, name)
     assert (trained["adamw"].norms > 1.2 * OPTIMIZERS["adamw"][0].clip).all(), "clipping must be at work"
 
 
