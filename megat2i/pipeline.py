@@ -94,7 +94,8 @@ class Pipeline:
                 dist.send(x, group=self.groups.pipeline, group_dst=self._peer(number + 1))
         cache.length += tokens.shape[1]
         if self.has_head:
-            logits = self.model.last_logits(x, len(tokens), columns)
+            # contiguous: with tensor parallelism they are columns of a wider tensor, and bytes are sent as they lie
+            logits = self.model.last_logits(x, len(tokens), columns).contiguous()
         else:
             logits = torch.empty(len(tokens), columns.stop - columns.start, device=self.device)
         dist.broadcast(logits, group=self.groups.pipeline, group_src=self._peer(stages - 1))

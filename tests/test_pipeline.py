@@ -1,12 +1,14 @@
 """The pipeline at work: what it holds in flight, evaluation, sampling over ranks, frozen parameters."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from distributed import RankError, run_ranks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megat2i import pipeline as pipeline_module
 from megat2i.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
@@ -104,44 +106,42 @@ def test_in_flight_is_what_the_schedule_promises(in_flight, name):
 
 
 def test_the_memory_check_notices_graphs_that_are_kept(in_flight, monkeypatch):
-    held = []
-    forward = pipeline_module._Step._forward
+    held, forward, backward = [], pipeline_module._Step._forward, torch.autograd.backward
 
     def hoarding(self, stage, micro_batch):
         forward(self, stage, micro_batch)
         held.append(self.held[stage, micro_batch])
 
     monkeypatch.setattr(pipeline_module._Step, "_forward", hoarding)
+    monkeypatch.setattr(torch.autograd, "backward", partial(backward, retain_graph=True))
     with pytest.raises(RankError, match="bytes are kept after the step"):
         in_flight("1f1b", 4)
 
 
 def test_what_was_sent_is_freed(make_training, make_batches, configure):
-    """A stage that hands its output on keeps the output's graph, never the output (its storage is freed)."""
+    """A stage keeps the graph of what it handed on, but not the tensor."""
 
-    def on_rank():
+    def on_rank(hoard: bool) -> int:
         config = configure(8, pipeline=2)
-        pipeline, _, groups = make_training("torch", config)
+        pipeline, _, _ = make_training("torch", config)
         batches = make_batches(config, 0)
-        alive, most, storages = set(), [0], []
-        send = pipeline_module._Step._send
+        storages, alive, kept, send = [], [], [], pipeline_module._Step._send
 
         def watching(self, what, direction, stage, micro_batch):
-            storages.append(
-                torch.multiprocessing.reductions.StorageWeakRef(
-                    self.leaving[what, stage, micro_batch].untyped_storage()
-                )
-            )
+            tensor = self.leaving[what, stage, micro_batch]
+            storages.append(StorageWeakRef(tensor.untyped_storage()))
+            kept.extend([tensor] * hoard)
+            del tensor
             send(self, what, direction, stage, micro_batch)
-            alive_now = sum(not storage.expired() for storage in storages)
-            most[0] = max(most[0], alive_now)
+            alive.append(sum(not storage.expired() for storage in storages))
 
         pipeline_module._Step._send = watching
         pipeline.run_schedule(batches, LOSS, count_tokens([b.modality for b in batches]), 1.0)
-        assert len(storages) == 8 and not alive
-        return most[0]
+        assert len(storages) == 8
+        return max(alive)
 
-    assert max(run_ranks(2, on_rank)) <= 2
+    assert max(run_ranks(2, on_rank, False)) == 1
+    assert max(run_ranks(2, on_rank, True)) == 8
 
 
 LAYOUTS = {

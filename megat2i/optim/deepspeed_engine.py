@@ -14,6 +14,7 @@ import deepspeed
 import torch
 
 from megat2i.config import OptimizerConfig, TrainingConfig
+from megat2i.kernels.optimizer import choose_adamw
 from megat2i.model.gpt import GPT
 from megat2i.optim.engine import EXP_AVG, EXP_AVG_SQ, WEIGHT, Fragment, first_of_tensor_copies
 from megat2i.topology import ModelParallelUnit, ParallelGroups
@@ -38,12 +39,12 @@ class DeepSpeedEngine:
             if name in parameters and not shard.is_whole:  # by this DeepSpeed counts what it adds up to the norm
                 parameters[name].tensor_model_parallel = True
         bfloat16 = next(iter(parameters.values())).dtype == torch.bfloat16
-        adam = torch.optim.AdamW(
+        adam = choose_adamw(next(model.parameters()).device).build(
             list(parameters.values()),
+            lr=optimizer.lr,
             betas=(optimizer.beta1, optimizer.beta2),
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
-            fused=True,
         )
         accumulation = training.global_batch_size // (training.micro_batch_size * groups.data_size)
         settings = {
@@ -111,6 +112,7 @@ class DeepSpeedEngine:
         self.zero._lazy_init_hp_params_optimizer_state()
         self.zero.update_lp_params()
         self.zero.zero_grad()
+        self.adam.param_groups[0]["step"] = updates  # where apex counts
         self.updates = updates
 
     def _owned(self):

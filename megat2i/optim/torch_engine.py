@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megat2i.config import OptimizerConfig, TrainingConfig
+from megat2i.kernels.optimizer import choose_adamw
 from megat2i.model.gpt import GPT
 from megat2i.optim.engine import EXP_AVG, EXP_AVG_SQ, WEIGHT, Fragment, first_of_tensor_copies
 from megat2i.optim.gradients import GradientSums
@@ -31,12 +32,12 @@ class TorchEngine:
         self.gradients = self.sums.of
         for name, master in self.masters.items():
             master.grad = self.gradients[name]
-        self.adam = torch.optim.AdamW(
+        self.adam = choose_adamw(next(model.parameters()).device).build(
             list(self.masters.values()),
+            lr=optimizer.lr,
             betas=(optimizer.beta1, optimizer.beta2),
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
-            fused=True,
         )
         self.clip, self.groups, self.updates = optimizer.clip, groups, 0
 
@@ -82,6 +83,7 @@ class TorchEngine:
         """See ``Engine.loaded``."""
         for master in self.masters.values():
             self._state(master)["step"].fill_(updates)
+        self.adam.param_groups[0]["step"] = updates  # where apex counts
         self.updates = updates
         self._refresh()
 
