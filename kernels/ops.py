@@ -117,13 +117,14 @@ def _qk_norm_rope(
     q: Tensor, k: Tensor, cosine: Tensor | None, sine: Tensor | None, heads: int, *,
     q_weight: Tensor | None = None, k_weight: Tensor | None = None,
     q_bias: Tensor | None = None, k_bias: Tensor | None = None, eps: float = 1e-5, centred: bool = True,
+    kv_heads: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     results = []
-    for x, weight, bias in ((q, q_weight, q_bias), (k, k_weight, k_bias)):
+    for x, weight, bias, count in ((q, q_weight, q_bias, heads), (k, k_weight, k_bias, kv_heads or heads)):
         if weight is not None:
             parts = x.unflatten(-1, (-1, len(weight)))
             x = (_layer_norm(parts, weight, bias, eps) if centred else _rms_norm(parts, weight, eps)).flatten(-2)
-        x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+        x = x.unflatten(-1, (count, -1)).transpose(1, 2)
         results.append(x if cosine is None else reference.rotary(x, cosine, sine))
     return tuple(results)
 

@@ -23,16 +23,17 @@ def qk_norm_rope(
     k_bias: Tensor | None = None,
     eps: float = 1e-5,
     centred: bool = True,
+    kv_heads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys [B, H, S, W] ready for attention, from the projection's q and k [B, S, H * W].
 
     cosine and sine [S, W/2] or [B, 1, S, W/2] float32, None: no rotation; see ``reference.rotary`` for the layout.
     Weights of [H * W] normalise the whole vector (open_lm), of [W] each head (Qwen 3); None: no norm. ``centred``:
-    LayerNorm, else RMSNorm. The result is a view of [B, S, H, W] memory.
+    LayerNorm, else RMSNorm. ``kv_heads``: heads of k where they are fewer. The result is a view of [B, S, H, W] memory.
     """
     return tuple(
-        norm_rope_op(x, weight, bias, cosine, sine, heads, eps, centred).transpose(1, 2)
-        for x, weight, bias in ((q, q_weight, q_bias), (k, k_weight, k_bias))
+        norm_rope_op(x, weight, bias, cosine, sine, count, eps, centred).transpose(1, 2)
+        for x, weight, bias, count in ((q, q_weight, q_bias, heads), (k, k_weight, k_bias, kv_heads or heads))
     )
 
 

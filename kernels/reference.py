@@ -107,14 +107,15 @@ def qk_norm_rope(
     k_bias: Tensor | None = None,
     eps: float = 1e-5,
     centred: bool = True,
+    kv_heads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Norm, split into heads and rotary positions of q and k [B, S, H * W]; see ``qk_norm_rope.py``."""
     results = []
-    for x, weight, bias in ((q, q_weight, q_bias), (k, k_weight, k_bias)):
+    for x, weight, bias, count in ((q, q_weight, q_bias, heads), (k, k_weight, k_bias, kv_heads or heads)):
         if weight is not None:
             parts = x.unflatten(-1, (-1, weight.shape[0]))
             x = (layer_norm(parts, weight, bias, eps) if centred else rms_norm(parts, weight, eps)).flatten(-2)
-        x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+        x = x.unflatten(-1, (count, -1)).transpose(1, 2)
         results.append(x if cosine is None else rotary(x, cosine, sine))
     return tuple(results)
 
