@@ -24,6 +24,9 @@ class ChunkedHead:
         pieces = [weight[piece.start : piece.stop] for piece in settings.pieces]
         # One product over all columns rounds its bfloat16 result once; rows that are not used may hold anything.
         self.rows_used = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        # CPUs multiply into float32 from float32 operands alone; see ``precision``
+        kind = weight.dtype if weight.is_cuda else torch.promote_types(weight.dtype, torch.float32)
+        self.columns = self.rows_used.to(kind).T
 
     def rows_at_a_time(self) -> int:
         """The same on all ranks, whatever share of the ranges each has: every chunk takes part in collectives."""
@@ -35,7 +38,7 @@ class ChunkedHead:
     def statistics(self, hidden: Tensor, local_row: Tensor, own: Tensor, live: Tensor) -> Tensor:
         """[ranges + 2, n] over all ranks' columns (see ``over_ranks``); keeps E for ``gradients``."""
         settings = self.settings
-        self.exponentials = e = product(hidden, self.rows_used.T)
+        self.exponentials = e = product(hidden.to(self.columns.dtype), self.columns)
         if settings.mode == "masked":
             for piece, part in zip(settings.pieces, self._parts(e), strict=True):
                 part.masked_fill_(~own[piece.range, :, None], float("-inf"))
