@@ -79,8 +79,11 @@ class ChunkedHead:
             return self.gradient @ self.rows_used
         total = torch.zeros((len(self.column), self.weight.shape[1]), dtype=self.offset.dtype)
         for piece, part, slots in zip(self.settings.pieces, self._parts(self.gradient), self.slots, strict=True):
-            if len(slots):
-                total.index_add_(0, slots, product(part[slots], self.weight[piece.start : piece.stop]))
+            weight = self.weight[piece.start : piece.stop]
+            if slots is None:
+                total += product(part, weight)
+            elif len(slots):
+                total.index_add_(0, slots, product(part[slots], weight))
         return total.to(self.weight.dtype)
 
     def add_weight_gradient(self, hidden: Tensor, total: Tensor, only_chunk: bool) -> None:
@@ -99,7 +102,8 @@ class ChunkedHead:
         if keep is None or keep.is_cuda:
             return [None] * len(self.sizes)
         kept = keep.repeat_interleave(ROW_TILE, dim=0)[:rows]
-        return [kept[:, piece.range].nonzero()[:, 0] for piece in self.settings.pieces]
+        of_pieces = [kept[:, piece.range] for piece in self.settings.pieces]
+        return [None if rows.all() else rows.nonzero()[:, 0] for rows in of_pieces]
 
     def _column(self, local_row: Tensor) -> Tensor:
         """Position in the buffer of rows of the weight; 0 for -1."""
