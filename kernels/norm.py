@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megat2i.kernels.programs import program_count
+from megat2i.kernels.registration import custom_op
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -33,7 +34,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return norm_op(x, residual, weight, None, eps, False)
 
 
-@torch.library.custom_op("megat2i::norm", mutates_args=())
+@custom_op("norm")
 def norm_op(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor]:
@@ -55,13 +56,13 @@ def norm_op(
     return out.view(x.shape), total if residual is None else total.view(x.shape)
 
 
-@norm_op.register_fake
+@torch.library.register_fake("megat2i::norm")
 def _(x, residual, weight, bias, eps, centred):
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     return out, x.new_empty(0) if residual is None else torch.empty_like(out)
 
 
-@torch.library.custom_op("megat2i::norm_backward", mutates_args=())
+@custom_op("norm_backward")
 def norm_backward_op(
     grad_out: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, has_bias: bool, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +86,7 @@ def norm_backward_op(
     return result.view(x.shape), of_weight.sum(dim=0).to(weight.dtype), grad_bias
 
 
-@norm_backward_op.register_fake
+@torch.library.register_fake("megat2i::norm_backward")
 def _(grad_out, grad_total, x, weight, has_bias, eps, centred):
     result = torch.empty_like(x, memory_format=torch.contiguous_format)
     return result, torch.empty_like(weight), weight.new_empty(weight.shape[0] if has_bias else 0)
@@ -111,7 +112,7 @@ def _backward(ctx, grad_out, grad_total):
     return grad_x, residual, grad_weight, grad_bias if ctx.has_bias else None, None, None
 
 
-norm_op.register_autograd(_backward, setup_context=_setup)
+torch.library.register_autograd("megat2i::norm", _backward, setup_context=_setup)
 
 
 def _unit_stride(rows: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megat2i.kernels.programs import program_count
+from megat2i.kernels.registration import custom_op
 
 
 def qk_norm_rope(
@@ -37,7 +38,7 @@ def qk_norm_rope(
     )
 
 
-@torch.library.custom_op("megat2i::norm_rope", mutates_args=())
+@custom_op("norm_rope")
 def norm_rope_op(
     x: Tensor,
     weight: Tensor | None,
@@ -65,12 +66,12 @@ def norm_rope_op(
     return out
 
 
-@norm_rope_op.register_fake
+@torch.library.register_fake("megat2i::norm_rope")
 def _(x, weight, bias, cosine, sine, heads, eps, centred):
     return x.new_empty((x.shape[0], x.shape[1], heads, x.shape[2] // heads))
 
 
-@torch.library.custom_op("megat2i::norm_rope_backward", mutates_args=())
+@custom_op("norm_rope_backward")
 def norm_rope_backward_op(
     grad: Tensor,
     x: Tensor,
@@ -105,7 +106,7 @@ def norm_rope_backward_op(
     return result, *sums
 
 
-@norm_rope_backward_op.register_fake
+@torch.library.register_fake("megat2i::norm_rope_backward")
 def _(grad, x, weight, has_bias, cosine, sine, eps, centred):
     gain = x.new_empty(0) if weight is None else torch.empty_like(weight)
     return x.new_empty(x.shape), gain, torch.empty_like(gain) if has_bias else x.new_empty(0)
@@ -132,7 +133,7 @@ def _backward(ctx, grad):
     return of_x, of_weight, of_bias, None, None, None, None, None
 
 
-norm_rope_op.register_autograd(_backward, setup_context=_setup)
+torch.library.register_autograd("megat2i::norm_rope", _backward, setup_context=_setup)
 
 
 def _half(width: int, heads: int, weight: Tensor | None) -> int:

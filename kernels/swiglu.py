@@ -6,8 +6,10 @@ Passes over [n, F]: forward 3 (two in, one out), backward 5; PyTorch's own opera
 import torch
 from torch import Tensor
 
+from megat2i.kernels.registration import custom_op
 
-@torch.library.custom_op("megat2i::swiglu", mutates_args=())
+
+@custom_op("swiglu")
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020) for gate, up [..., F] of one dtype; computed in float32, contiguous result."""
     from megat2i.kernels import swiglu_kernels as kernels  # needs Triton, which CPUs do without
@@ -24,12 +26,12 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-@swiglu.register_fake
+@torch.library.register_fake("megat2i::swiglu")
 def _(gate, up):
     return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
 
 
-@torch.library.custom_op("megat2i::swiglu_backward", mutates_args=())
+@custom_op("swiglu_backward")
 def swiglu_backward_op(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up."""
     from megat2i.kernels import swiglu_kernels as kernels
@@ -44,7 +46,7 @@ def swiglu_backward_op(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, 
     return of_gate, of_up
 
 
-@swiglu_backward_op.register_fake
+@torch.library.register_fake("megat2i::swiglu_backward")
 def _(grad, gate, up):
     return tuple(torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
 
@@ -57,7 +59,7 @@ def _backward(ctx, grad):
     return swiglu_backward_op(grad, *ctx.saved_tensors)
 
 
-swiglu.register_autograd(_backward, setup_context=_setup)
+torch.library.register_autograd("megat2i::swiglu", _backward, setup_context=_setup)
 
 
 def _rows(x: Tensor) -> Tensor:

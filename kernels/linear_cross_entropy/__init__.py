@@ -26,8 +26,11 @@ from torch.distributed import ProcessGroup
 
 from megat2i.kernels import reference
 from megat2i.kernels.interpreter import interpreting
+from megat2i.kernels.linear_cross_entropy.chunked import CHUNK_ELEMENTS
 from megat2i.kernels.linear_cross_entropy.op import linear_cross_entropy_op
 from megat2i.kernels.outputs import LiveTokens, TokenLosses
+
+__all__ = ["CHUNK_ELEMENTS", "default_implementation", "linear_cross_entropy"]
 
 IMPLEMENTATIONS = ("reference", "chunked", "triton")
 MODES = ("exact", "certified", "masked")

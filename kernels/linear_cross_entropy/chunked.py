@@ -24,6 +24,9 @@ class ChunkedHead:
         pieces = [weight[piece.start : piece.stop] for piece in settings.pieces]
         # One product over all columns rounds its bfloat16 result once; rows that are not used may hold anything.
         self.rows_used = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        # CPUs multiply into float32 from float32 operands alone; see ``precision``
+        kind = weight.dtype if weight.is_cuda else torch.promote_types(weight.dtype, torch.float32)
+        self.columns = self.rows_used.to(kind).T
 
     def rows_at_a_time(self) -> int:
         """The same on all ranks, whatever share of the ranges each has: every chunk takes part in collectives."""
@@ -35,7 +38,7 @@ class ChunkedHead:
     def statistics(self, hidden: Tensor, local_row: Tensor, own: Tensor, live: Tensor) -> Tensor:
         """[ranges + 2, n] over all ranks' columns (see ``over_ranks``); keeps E for ``gradients``."""
         settings = self.settings
-        self.exponentials = e = product(hidden, self.rows_used.T)
+        self.exponentials = e = product(hidden.to(self.columns.dtype), self.columns)
         if settings.mode == "masked":
             for piece, part in zip(settings.pieces, self._parts(e), strict=True):
                 part.masked_fill_(~own[piece.range, :, None], float("-inf"))
@@ -76,8 +79,11 @@ class ChunkedHead:
             return self.gradient @ self.rows_used
         total = torch.zeros((len(self.column), self.weight.shape[1]), dtype=self.offset.dtype)
         for piece, part, slots in zip(self.settings.pieces, self._parts(self.gradient), self.slots, strict=True):
-            if len(slots):
-                total.index_add_(0, slots, product(part[slots], self.weight[piece.start : piece.stop]))
+            weight = self.weight[piece.start : piece.stop]
+            if slots is None:
+                total += product(part, weight)
+            elif len(slots):
+                total.index_add_(0, slots, product(part[slots], weight))
         return total.to(self.weight.dtype)
 
     def add_weight_gradient(self, hidden: Tensor, total: Tensor, only_chunk: bool) -> None:
@@ -96,7 +102,8 @@ class ChunkedHead:
         if keep is None or keep.is_cuda:
             return [None] * len(self.sizes)
         kept = keep.repeat_interleave(ROW_TILE, dim=0)[:rows]
-        return [kept[:, piece.range].nonzero()[:, 0] for piece in self.settings.pieces]
+        of_pieces = [kept[:, piece.range] for piece in self.settings.pieces]
+        return [None if rows.all() else rows.nonzero()[:, 0] for rows in of_pieces]
 
     def _column(self, local_row: Tensor) -> Tensor:
         """Position in the buffer of rows of the weight; 0 for -1."""

@@ -15,9 +15,10 @@ from megat2i.kernels.linear_cross_entropy.chunked import ChunkedHead
 from megat2i.kernels.linear_cross_entropy.columns import local_pieces, local_rows
 from megat2i.kernels.linear_cross_entropy.products import precision
 from megat2i.kernels.linear_cross_entropy.tokens import Settings, token_values
+from megat2i.kernels.registration import custom_op
 
 
-@torch.library.custom_op("megat2i::linear_cross_entropy", mutates_args=())
+@custom_op("linear_cross_entropy")
 def linear_cross_entropy_op(
     hidden: Tensor,
     weight: Tensor,
@@ -119,7 +120,7 @@ def _pairs(flat: list[int]) -> tuple[tuple[int, int], ...]:
     return tuple(zip(flat[::2], flat[1::2], strict=True))
 
 
-@linear_cross_entropy_op.register_fake
+@torch.library.register_fake("megat2i::linear_cross_entropy")
 def _(hidden, weight, targets, token_weight, order, ranges, blocks, mode, delta, ignore_index, z_loss, group_name,
       implementation, hidden_gradient, weight_gradient):  # fmt: skip
     kind = torch.promote_types(hidden.dtype, torch.float32)
@@ -155,4 +156,4 @@ def _backward(ctx, grad_loss, *_unused):
     return grad_hidden, grad_weight.to(weight.dtype) if wanted[1] else None, *(None,) * 13
 
 
-linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup)
+torch.library.register_autograd("megat2i::linear_cross_entropy", _backward, setup_context=_setup)

@@ -1,5 +1,8 @@
 """Every op as PyTorch sees it: opcheck, and torch.compile of a function that uses it, in one graph."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from head_cases import RANGES, Case, inputs
@@ -32,3 +35,14 @@ def test_the_head_compiles_into_one_graph():
         results.append((loss.detach(), nll, x.grad, w.grad))
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager)
+
+
+def test_a_call_without_compiling_does_not_load_the_compiler():
+    code = (
+        "import sys, torch\n"
+        "from megat2i.kernels import linear_cross_entropy\n"
+        "x, w = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)\n"
+        "linear_cross_entropy(x, w, torch.tensor([0, 1, 2]), ranges=((0, 5),)).loss.sum().backward()\n"
+        "assert x.grad is not None and 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

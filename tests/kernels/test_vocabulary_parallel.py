@@ -4,7 +4,6 @@ import importlib
 
 import pytest
 import torch
-import torch._dynamo  # noqa: F401 (slow to import: here once instead of in every forked rank)
 import torch.distributed as dist
 from distributed import RankError, run_ranks
 from interpreted import interpreter
