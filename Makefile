@@ -41,11 +41,15 @@ test-gpu: $(GPU_ENV)
 bench-gpu: $(GPU_ENV)
 	$(GPU_PYTHON) benchmarks/bench_head.py --json benchmarks/head.json
 	$(GPU_PYTHON) benchmarks/bench_block.py --json benchmarks/block.json
+	$(GPU_PYTHON) benchmarks/bench_step.py --json benchmarks/step.json
 
 bench: env
 	$(BIN)/python benchmarks/bench_dataset.py
 	$(BIN)/python benchmarks/bench_preprocess.py
 	$(BIN)/python benchmarks/bench_training.py
+	$(BIN)/python benchmarks/bench_recompute.py vocab.text_tokens=1024
+	$(BIN)/python benchmarks/bench_checkpoint.py
+	$(BIN)/python benchmarks/bench_memory.py
 
 lint: env
 	$(BIN)/ruff check .

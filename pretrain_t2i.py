@@ -15,6 +15,7 @@ from megat2i.data.t2i_dataset import T2IDataset, require_same_tokenizers
 from megat2i.files import DataFileError
 from megat2i.kernels import choose_ops
 from megat2i.loss import ModalityLoss
+from megat2i.model import pretrained
 from megat2i.model.gpt import GPT
 from megat2i.model.part import Part
 from megat2i.pretrain import pretrain
@@ -27,7 +28,10 @@ def model_provider(config: Config, backend: Backend, part: Part) -> GPT:
     """This rank's part of the model with its initial weights, on the run's device and in its dtype."""
     ops = choose_ops(backend.device, backend.dtype)
     model = GPT.empty(config.model, config.vocab_layout, ops, backend.device, backend.dtype, part)
-    model.initialise(config.model.seed)
+    if config.model.pretrained:
+        pretrained.initialise(model, config)
+    else:
+        model.initialise(config.model.seed)
     return model
 
 

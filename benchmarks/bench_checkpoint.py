@@ -91,8 +91,9 @@ def measure(rank: int, arguments: argparse.Namespace, folder: Path) -> None:
     engine = Rows(arguments.mebibytes)
     expected = {key: tensor.clone() for key, tensor in engine.by_key().items()}
     seconds: dict[str, dict[str, list[float]]] = {name: {} for name in ("save", "load", "stall")}
+    sides = contestants(engine)
     for number in range(arguments.rounds + 1):  # the first round warms up
-        for side, actions in contestants(engine).items():
+        for side, actions in sides.items():
             taken = take_turn(actions, engine, folder / f"{side}-{number}")
             for key, tensor in engine.by_key().items():
                 if not torch.equal(tensor, expected[key]):
@@ -125,6 +126,7 @@ def take_turn(actions: tuple, engine: Rows, folder: Path) -> dict[str, float]:
 def contestants(engine: Rows) -> dict[str, tuple]:
     """Functions of a folder for every side: save, load, and begin a save and return the function that ends it."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    own_group = dist.new_group()  # the collectives in async_save's thread deadlock with those of the main thread
     ours, rank_file = engine.by_key(), f"rank-{dist.get_rank()}.safetensors"
 
     def distributed() -> dict[str, DTensor]:
@@ -152,7 +154,7 @@ def contestants(engine: Rows) -> dict[str, tuple]:
         DCP: (
             lambda folder: dcp.save(distributed(), checkpoint_id=folder),
             lambda folder: dcp.load(distributed(), checkpoint_id=folder),
-            lambda folder: dcp.async_save(distributed(), checkpoint_id=folder).result,
+            lambda folder: dcp.async_save(distributed(), checkpoint_id=folder, process_group=own_group).result,
         ),
         SAFETENSORS: (save_plain, load_plain, None),
     }

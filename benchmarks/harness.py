@@ -1,6 +1,7 @@
 """Times contestants in turn on CPU or GPU, with their peak memory, and prints and saves the figures."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -45,13 +46,19 @@ def take_turns(contestants: dict[str, Callable], rounds: int, device: torch.devi
     times: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(rounds):
         for name, call in running.items():
-            times[name].append(_milliseconds(call, device))
+            times[name].append(one_time(call, device))
     for name, values in times.items():
         results[name] |= {"ms": statistics.median(values), "min": min(values), "max": max(values)}
     return results
 
 
-def _milliseconds(call: Callable, device: torch.device) -> float:
+def installed(module: str) -> bool:
+    """Whether ``module``, a rival, can be imported here."""
+    return importlib.util.find_spec(module) is not None
+
+
+def one_time(call: Callable, device: torch.device) -> float:
+    """Milliseconds of one call."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)

@@ -6,8 +6,9 @@ folder: without that last step a power cut loses files that were already reporte
 
 import os
 import secrets
-from collections.abc import Sequence
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -78,3 +79,26 @@ def commit(files: Sequence[PendingFile]) -> None:
     for file in files:
         os.replace(file.temporary, file.path)
     fsync_folder(folder)
+
+
+@contextmanager
+def pending_folder(path: Path) -> Iterator[Path]:
+    """A new folder to be filled with files, which has a temporary name until the block ends and all is on the disk.
+
+    Nothing is left of it where the block fails. Raises DataFileError where ``path`` exists.
+    """
+    if path.exists():
+        raise DataFileError(path, "exists already, and nothing is overwritten", "Remove it, or choose another folder")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        fsync_folder(temporary)
+        os.rename(temporary, path)
+        fsync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

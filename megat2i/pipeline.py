@@ -130,7 +130,7 @@ class _Step:
         self.sending: dict[str, tuple[dist.Work, Tensor]] = {}
         self.held: dict[tuple[int, int], tuple] = {}  # input, and the edge of the graph where the backward pass starts
         self.deferred: dict[tuple[int, int], list[Callable[[], None]]] = {}
-        self.sums = torch.zeros(3, 3, dtype=torch.float64)
+        self.sums = torch.zeros(3, 3, dtype=torch.float64, device=pipeline.device)
         self.peak_in_flight = 0
 
     def run(self, order: list[Action]) -> Tensor:
@@ -148,7 +148,7 @@ class _Step:
             self.peak_in_flight = max(self.peak_in_flight, len(self.held) + len(self.deferred))
         for work, _ in self.sending.values():
             work.wait()
-        return self.sums
+        return self.sums.cpu()  # once: a GPU's host must not wait for every micro-batch
 
     def _forward(self, stage: int, micro_batch: int) -> None:
         model, batch = self.pipeline.model, self.batches[micro_batch]
@@ -186,13 +186,18 @@ class _Step:
         if what in self.sending:  # at most one under way in each direction, so that what was sent can be freed
             self.sending.pop(what)[0].wait()
         peer = self.pipeline._peer(stage + direction)
-        self.sending[what] = (dist.isend(tensor, group=self.pipeline.groups.pipeline, group_dst=peer), tensor)
+        self.sending[what] = (dist.isend(tensor, group=self._link(direction), group_dst=peer), tensor)
 
     def _receive(self, kind: str, direction: int, stage: int, micro_batch: int) -> None:
         tensor = self.pipeline._boundary(self.batches[micro_batch].tokens.numel())
         peer = self.pipeline._peer(stage + direction)
-        work = dist.irecv(tensor, group=self.pipeline.groups.pipeline, group_src=peer)
+        work = dist.irecv(tensor, group=self._link(-direction), group_src=peer)
         self.arriving[kind, stage, micro_batch] = (tensor, work)
+
+    def _link(self, direction: int) -> dist.ProcessGroup:
+        """The group for messages to the next stages (1) or to the ones before (-1)."""
+        groups = self.pipeline.groups
+        return groups.pipeline if direction == 1 else groups.pipeline_back
 
     def _arrived(self, kind: str, stage: int, micro_batch: int) -> Tensor:
         tensor, work = self.arriving.pop((kind, stage, micro_batch))
@@ -203,4 +208,4 @@ class _Step:
 @torch.no_grad()
 def _sums(losses: TokenLosses, batch: Batch) -> Tensor:
     fields = (losses.nll, losses.correct, losses.off_range_mass)
-    return torch.stack([sum_by_modality(values, batch.modality) for values in fields]).cpu()
+    return torch.stack([sum_by_modality(values, batch.modality) for values in fields])

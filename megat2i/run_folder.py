@@ -8,6 +8,10 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
 from megat2i import config
 from megat2i.config import Config
 from megat2i.config_identity import changed_identity
@@ -69,6 +73,26 @@ def write(run_dir: Path, settings: Config, engine: str, environment: dict) -> No
         files.append(PendingFile(run_dir / name))
         files[-1].write(text.encode())
     commit(files)
+
+
+def require_shared(run_dir: Path) -> None:
+    """Raises RunError on all ranks where one does not see what the first one wrote. Collective."""
+
+    def digest() -> Tensor:
+        path = run_dir / ENVIRONMENT
+        content = path.read_bytes() if path.exists() else b""
+        return torch.frombuffer(bytearray(hashlib.sha256(content).digest()), dtype=torch.uint8).int().to(device)
+
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    first = digest()
+    dist.broadcast(first, src=0)  # which also waits until the first rank has written
+    blind = torch.tensor(int(not torch.equal(first, digest())), device=device)
+    dist.all_reduce(blind)
+    if blind:
+        raise RunError(
+            f"{int(blind)} ranks do not see what the first one wrote to {run_dir.resolve()}: run.dir must be on a file "
+            "system that all nodes share"
+        )
 
 
 def data_identity(settings: Config) -> dict[str, dict[str, str]]:

@@ -68,12 +68,12 @@ class Backend:
     def start(self, seed: int) -> None:
         """Seed PyTorch, share out the processor cores and join the process group."""
         torch.manual_seed(seed)
+        if "OMP_NUM_THREADS" not in os.environ:  # else every rank would start a thread per core
+            cores = len(os.sched_getaffinity(0))  # what a container or a batch system leaves to this process
+            torch.set_num_threads(max(1, cores // self.local_world_size))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         else:
-            if "OMP_NUM_THREADS" not in os.environ:  # else every rank would start a thread per core
-                cores = len(os.sched_getaffinity(0))  # what a container or a batch system leaves to this process
-                torch.set_num_threads(max(1, cores // self.local_world_size))
             # Subnormal numbers are many times slower on CPUs, and GPUs flush them too.
             torch.set_flush_denormal(True)
             _keep_freed_memory()
@@ -83,6 +83,7 @@ class Backend:
             dist.init_process_group(
                 self.communication, rank=self.rank, world_size=self.world_size, timeout=COLLECTIVE_TIMEOUT
             )
+            dist.barrier()  # no rank writes to the run folder before all have checked it
 
     def describe(self) -> str:
         """One line for the log and for ``environment.json``."""

@@ -7,8 +7,11 @@ here in seconds, not as a loss that is a little too high for a week.
 
 import hashlib
 import json
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -22,14 +25,15 @@ from megat2i.kernels import choose_ops
 from megat2i.loss import ModalityLoss, count_tokens
 from megat2i.model.gpt import GPT
 from megat2i.model.part import WHOLE_MODEL, Part, part_of
-from megat2i.optim.engine import Engine
+from megat2i.optim.engine import WEIGHT, Engine
 from megat2i.pipeline import Pipeline
 from megat2i.runtime import Backend
 from megat2i.topology import ParallelGroups
 from megat2i.trainer import RunError, train_step
 from megat2i.vocab import IGNORE
 
-TOLERANCE = 1e-4  # of a tensor's norm, in float32
+# Of a tensor's norm, and in bfloat16 of the whole update: roundings of a tiny model, far below a lost or doubled part.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 LR = 1.0  # a large update, against the rounding of the weights that it is added to
 ROWS = 2  # of a micro-batch
 MakeEngine = Callable[[GPT, Config, Backend, ParallelGroups], Engine]
@@ -41,6 +45,8 @@ def require_same_launch(settings: Config, data: dict) -> None:
     code = hashlib.sha256()
     for path in sorted([*package.rglob("*.py"), *package.parent.glob("kernels/**/*.py")]):
         code.update(path.read_bytes())
+    code.update(Path(sys.argv[0]).read_bytes() if Path(sys.argv[0]).is_file() else b"")  # the entry script
+    code.update(" ".join(f"{name} {_version(name)}" for name in ("torch", "deepspeed", "triton", "numpy")).encode())
     contents = (code.digest(), config.to_yaml(settings).encode(), json.dumps(data, sort_keys=True).encode())
     digests = b"".join(hashlib.sha256(content).digest() for content in contents)
     own = torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(1, 3, -1).to(_device())
@@ -56,19 +62,21 @@ def require_same_launch(settings: Config, data: dict) -> None:
 
 def self_test(settings: Config, backend: Backend, groups: ParallelGroups, make_engine: MakeEngine) -> None:
     """Raises RunError on all ranks, naming the axis, where the tiny model comes out differently. Collective."""
-    tiny = tiny_settings(settings, groups)
-    backend = replace(backend, dtype=torch.float32)
-    test = _SelfTest(tiny, backend, groups)
+    test = _SelfTest(tiny_settings(settings, groups), backend, groups)
     axes = (("tensor", test.tensor_axis), ("pipeline", test.pipeline_axis), ("data", test.data_axis))
     for axis, check in axes:
-        _require(axis, check())
-    _require("combined", test.all_axes(make_engine))
+        _require(axis, check(), TOLERANCE[torch.float32])
+    _require("combined", test.all_axes(make_engine, torch.float32, "float32"), TOLERANCE[torch.float32])
+    if backend.dtype != torch.float32:  # other kernels and, in DeepSpeed, another optimizer
+        error = test.all_axes(make_engine, backend.dtype, settings.optimizer.reduce_dtype)
+        _require("combined", error, TOLERANCE[backend.dtype])
 
 
 def tiny_settings(settings: Config, groups: ParallelGroups) -> Config:
     """The run's own layout, engine and kind of layers around the smallest model that they divide."""
     tensor, model = groups.tensor_size, settings.model
-    heads, length = max(2, tensor), max(16, tensor)
+    grouped = model.key_value_heads < model.heads
+    heads, length = 2 * tensor if grouped else max(2, tensor), max(16, tensor)
     stages = groups.pipeline_size * settings.parallel.virtual_stages
     batch = ROWS * groups.data_size * 2 * groups.pipeline_size
     return replace(
@@ -78,8 +86,13 @@ def tiny_settings(settings: Config, groups: ParallelGroups) -> Config:
             layers=stages + 1,
             heads=heads,
             ffn=8 * heads,
+            kv_heads=tensor if grouped else None,
+            feed_forward=model.feed_forward,
             norm=model.norm,
             qk_norm=model.qk_norm,
+            qk_norm_per_head=model.qk_norm_per_head,
+            embedding_norm=model.embedding_norm,
+            tied_embeddings=model.tied_embeddings,
             positions=model.positions,
         ),
         vocab=VocabConfig(text_tokens=249, image_codes=256),
@@ -99,7 +112,6 @@ class _SelfTest:
         self.batches = _batches(settings, backend.device)
         self.counts = count_tokens([batch.modality for batch in self.batches])
         model = self._model(WHOLE_MODEL)
-        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
         self._accumulate(model, self.batches)
         self.gradients = {name: p.grad for name, p in model.named_parameters()}
 
@@ -123,23 +135,30 @@ class _SelfTest:
             dist.all_reduce(gradient, group=self.groups.data)
         return self._largest(model, found, self.gradients)
 
-    def all_axes(self, make_engine: MakeEngine) -> tuple[float, str]:
-        model = self._model(part_of(self.settings, self.groups))
-        engine = make_engine(model, self.settings, self.backend, self.groups)
+    def all_axes(self, make_engine: MakeEngine, dtype: torch.dtype, reduce_dtype: str) -> tuple[float, str]:
+        norm = torch.nn.utils.get_total_norm(list(self.gradients.values())).item()
+        optimizer = replace(self.settings.optimizer, clip=norm / 2, reduce_dtype=reduce_dtype)
+        model = self._model(part_of(self.settings, self.groups), dtype)
+        settings, backend = replace(self.settings, optimizer=optimizer), replace(self.backend, dtype=dtype)
+        engine = make_engine(model, settings, backend, self.groups)
+        masters = [fragment for fragment in engine.fragments() if fragment.kind == WEIGHT]
+        before = [fragment.values.clone() for fragment in masters]
         pipeline = Pipeline(model, self.groups, self.settings.parallel.schedule)
-        _, norm = train_step(pipeline, engine, self._own_batches(), self.loss, self.groups, LR)
-        expected = torch.nn.utils.get_total_norm(list(self.gradients.values())).item()
-        worst = (abs(norm - expected) / expected, "the gradient norm")
-        shards = model.shards()
-        moved = {n: p.detach() - shards[n].cut(self.weights[n]) for n, p in model.named_parameters()}
-        updates = {name: -LR * gradient / (gradient.abs() + 1.0) for name, gradient in self.gradients.items()}
+        _, found = train_step(pipeline, engine, self._own_batches(), self.loss, self.groups, LR)
+        clipped = {name: gradient / 2 for name, gradient in self.gradients.items()}
+        updates = {name: -LR * gradient / (gradient.abs() + 1.0) for name, gradient in clipped.items()}
         whole = torch.nn.utils.get_total_norm(list(updates.values())).item()
-        return max(worst, self._largest(model, moved, updates, "the update of", unit=whole))
+        errors = [(_finite(abs(found - norm) / norm), "the gradient norm")]
+        for fragment, old in zip(masters, before, strict=True):
+            right = fragment.shard.cut(updates[fragment.name]).flatten()[fragment.start :][: len(old)]
+            error = (fragment.values - old - right).norm().item() / whole
+            errors.append((_finite(error), f"the update of {fragment.name}"))
+        return max(errors)
 
-    def _model(self, part: Part) -> GPT:
+    def _model(self, part: Part, dtype: torch.dtype = torch.float32) -> GPT:
         settings, device = self.settings, self.backend.device
-        ops = choose_ops(device, torch.float32)
-        model = GPT.empty(settings.model, settings.vocab_layout, ops, device, torch.float32, part)
+        ops = choose_ops(device, dtype)
+        model = GPT.empty(settings.model, settings.vocab_layout, ops, device, dtype, part)
         model.initialise(seed=0)
         return model
 
@@ -152,21 +171,19 @@ class _SelfTest:
         share = len(self.batches) // self.groups.data_size
         return self.batches[self.groups.data_rank * share :][:share]
 
-    def _largest(
-        self,
-        model: GPT,
-        found: dict[str, Tensor],
-        expected: dict[str, Tensor],
-        what: str = "the gradient of",
-        unit: float | None = None,
-    ) -> tuple[float, str]:
+    def _largest(self, model: GPT, found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
         """The largest difference of this rank's parts, in units of each part's own norm, and where it is."""
         shards, errors = model.shards(), []
         for name, tensor in found.items():
             right = shards[name].cut(expected[name])
-            of = unit or max(right.norm().item(), 1e-3 * expected[name].norm().item())
-            errors.append(((tensor - right).norm().item() / of, f"{what} {name}"))
+            unit = max(right.norm().item(), 1e-3 * expected[name].norm().item())
+            errors.append((_finite((tensor - right).norm().item() / unit), f"the gradient of {name}"))
         return max(errors)
+
+
+def _finite(error: float) -> float:
+    """Not a number is the largest of errors."""
+    return error if math.isfinite(error) else math.inf
 
 
 def _batches(settings: Config, device: torch.device) -> list[Batch]:
@@ -186,19 +203,26 @@ def _batches(settings: Config, device: torch.device) -> list[Batch]:
     return batches
 
 
-def _require(axis: str, result: tuple[float, str]) -> None:
+def _require(axis: str, result: tuple[float, str], tolerance: float) -> None:
     error, what = result
-    worst = torch.tensor([error if error == error else float("inf")], dtype=torch.float64, device=_device())
+    worst = torch.tensor([error], dtype=torch.float64, device=_device())
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    if worst.item() <= TOLERANCE:
+    if worst.item() <= tolerance:
         return
     where = f"rank {dist.get_rank()} sees it in {what}" if error == worst.item() else "seen on another rank"
     axis = "axes together" if axis == "combined" else f"{axis}-parallel axis"
     raise RunError(
         f"start-up self-test: on the {axis} a tiny model differs from one rank's by {worst.item():.1e} of the norm "
-        f"(allowed {TOLERANCE:.0e}; {where}). Training would be wrong without a message. Check that all ranks run the "
+        f"(allowed {tolerance:.0e}; {where}). Training would be wrong without a message. Check that all ranks run the "
         "same software on sound hardware; runtime.self_test=false skips this test"
     )
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
 
 
 def _device() -> torch.device:

@@ -6,16 +6,20 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megat2i.config import ParallelConfig
+from megat2i.runtime import COLLECTIVE_TIMEOUT
 
 
 @dataclass(frozen=True)
 class ParallelGroups:
     """Process group, rank and size along every axis of the mesh; each axis has a group, of one rank if it is not used.
 
-    ``model``: all pipeline and tensor ranks that hold one copy of the model together.
+    ``model``: all pipeline and tensor ranks that hold one copy of the model together. ``pipeline_back``: the pipeline
+    ranks once more, for gradients: with NCCL the messages of a group between two ranks are one queue, in which an
+    activation would wait behind a gradient.
     """
 
     pipeline: ProcessGroup
+    pipeline_back: ProcessGroup | None
     data: ProcessGroup
     tensor: ProcessGroup
     model: ProcessGroup
@@ -30,8 +34,10 @@ class ParallelGroups:
             return (stage * data + replica) * tensor + share
 
         stages, replicas, shares = range(pipeline), range(data), range(tensor)
+        columns = [[rank_of(p, d, t) for p in stages] for d in replicas for t in shares]
         return ParallelGroups(
-            pipeline=_group_of_mine([[rank_of(p, d, t) for p in stages] for d in replicas for t in shares]),
+            pipeline=_group_of_mine(columns),
+            pipeline_back=_group_of_mine(columns) if pipeline > 1 else None,
             data=_group_of_mine([[rank_of(p, d, t) for d in replicas] for p in stages for t in shares]),
             tensor=_group_of_mine([[rank_of(p, d, t) for t in shares] for p in stages for d in replicas]),
             model=_group_of_mine([[rank_of(p, d, t) for p in stages for t in shares] for d in replicas]),
@@ -70,7 +76,7 @@ def _group_of_mine(partition: list[list[int]]) -> ProcessGroup:
     """The group of this rank in a ``partition`` of all ranks; collective."""
     mine = None
     for ranks in partition:  # every rank takes part in making every group, in the same order
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)
         if dist.get_rank() in ranks:
             mine = group
     return mine

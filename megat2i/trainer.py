@@ -58,7 +58,8 @@ def _summed(values: Tensor, *groups: ProcessGroup) -> Tensor:
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     total = values.to(device)
     for group in groups:
-        dist.all_reduce(total, group=group)
+        if group.size() > 1:
+            dist.all_reduce(total, group=group)
     return total.cpu()
 
 
@@ -124,6 +125,7 @@ def train(run: Run, first_step: int) -> None:
             log.write(entry)
             bar.update(entry)
         if non_finite == NON_FINITE_STEPS:  # the same on all ranks: the norm is global
+            checkpoint.finish()
             raise RunError(
                 f"the gradient was not finite for {non_finite} steps up to step {step}; all of them were skipped. "
                 "Start a new run with a lower optimizer.lr or more training.warmup_steps"
@@ -160,14 +162,16 @@ def _after_step(run: Run, step: int, last: bool, log: MetricsLog | None) -> None
 
 
 def require_equal_copies(run: Run) -> None:
-    """Raises RunError on every rank that sees copies of a parameter which are not the same bits. Collective."""
+    """Raises RunError on all ranks where copies of a parameter differ on some. Collective."""
     model = run.pipeline.model
     found = unequal_copy(dict(model.named_parameters()), model.shards(), run.groups)
-    if found:
-        axis, name = found
+    anywhere = torch.tensor(int(found is not None), device=run.backend.device)
+    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+    if anywhere:
+        what = f"copies of {found[1]} differ on {found[0]}-parallel ranks" if found else "other ranks see copies differ"
         raise RunError(
-            f"copies of {name} on {axis}-parallel ranks differ (rank {dist.get_rank()} sees it): a fault of hardware "
-            "or communication since the last checkpoint, which is sound; find it, then continue with --resume"
+            f"{what} (said by rank {dist.get_rank()}): a fault of hardware or communication since the last checkpoint, "
+            "which is sound; find it, then continue with --resume"
         )
 
 

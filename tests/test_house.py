@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     {"kernels"},
-    {"config", "config_identity", "config_limits", "files", "vocab", "runtime", "topology"},
+    {"config", "config_identity", "config_limits", "files", "vocab", "runtime", "topology", "weights_file"},
     {"parallel", "data", "tokenizers"},
     {"model", "loss"},
     {"optim", "pipeline", "pipeline_order", "checkpoint"},

@@ -193,7 +193,7 @@ def sample(make_training, config: Config, columns: slice) -> np.ndarray:
     return torch.stack(steps).numpy()
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ("1.1", "2.2 sequence")])
+@pytest.mark.parametrize("name", list(LAYOUTS)[1:])
 def test_sampling_over_ranks(make_training, configure, name):
     """Every rank gets the logits of the one-process model, whose own cache and padding test_gpt.py checks."""
     columns = slice(512, 762)
@@ -266,7 +266,7 @@ def test_a_second_step_starts_from_nothing(make_training, make_batches, configur
 
     for once, twice in zip(run_ranks(2, on_rank, 1), run_ranks(2, on_rank, 2), strict=True):
         for name, values in once.items():
-            np.testing.assert_allclose(twice[name], 2 * values, rtol=1e-4, atol=1e-7)
+            np.testing.assert_allclose(twice[name], 2 * values, rtol=1e-5, atol=1e-7)
 
 
 def test_no_process_group_is_left():

@@ -8,14 +8,14 @@ import torch.distributed as dist
 from distributed import run_ranks
 
 from megat2i import pipeline, self_test
-from megat2i.config import Config, ParallelConfig
+from megat2i.config import Config, ParallelConfig, VocabConfig
 from megat2i.optim.torch_engine import TorchEngine
 from megat2i.parallel import collectives, invariants
 from megat2i.parallel.shard import Shard
 from megat2i.pretrain import _engine
 from megat2i.runtime import Backend
 from megat2i.topology import ParallelGroups
-from megat2i.trainer import RunError
+from megat2i.trainer import Run, RunError, require_equal_copies
 
 LAYOUTS = {
     "data": (2, ParallelConfig()),
@@ -27,9 +27,10 @@ LAYOUTS = {
 
 @pytest.fixture
 def settings(tiny_config, make_training):  # make_training: its slow imports, before the ranks are forked
-    def make(layout: str, engine: str = "torch") -> Config:
+    def make(layout: str, engine: str = "torch", dtype: str = "bfloat16") -> Config:
         return replace(
             tiny_config,
+            runtime=replace(tiny_config.runtime, dtype=dtype),
             model=replace(tiny_config.model, qk_norm=True, positions="rotary"),
             optimizer=replace(tiny_config.optimizer, engine=engine, clip=0.1),
             parallel=LAYOUTS[layout][1],
@@ -131,18 +132,38 @@ def test_equal_launches_pass(settings):
 
 
 def test_copies_that_differ_are_found():
-    def find(change: str | None):
+    def find(change: str | None, by: float):
         groups = ParallelGroups.create(ParallelConfig(tensor=2))
         parameters = {name: torch.nn.Parameter(torch.arange(6.0)) for name in ("cut", "copied")}
         shards = {"cut": Shard((12,), 0, (((0, 6), (6, 12))[groups.tensor_rank],)), "copied": Shard.whole((6,))}
         with torch.no_grad():
             if groups.tensor_rank == 1:
                 parameters["cut"] += 1  # another part: need not be equal
-            if change and dist.get_rank() == (3 if change == "cut" else 1):
+            if change == "drift" and groups.tensor_rank == 1:
+                parameters["copied"][2] += by
+            elif change and dist.get_rank() == (3 if change == "cut" else 1):
                 parameters[change][[0, 1]] = parameters[change][[1, 0]]  # the same values in other places
         return invariants.unequal_copy(parameters, shards, groups)
 
-    assert run_ranks(4, find, None) == [None] * 4
     # rank 1 is tensor rank 1 of the first copy, rank 3 of the second: its data-parallel peer is rank 1
-    assert run_ranks(4, find, "copied") == [("tensor", "copied"), ("data", "copied"), None, ("data", "copied")]
-    assert run_ranks(4, find, "cut") == [None, ("data", "cut"), None, ("data", "cut")]
+    assert run_ranks(4, find, None, 0) == [None] * 4
+    assert run_ranks(4, find, "copied", 0) == [("tensor", "copied"), ("data", "copied"), None, ("data", "copied")]
+    assert run_ranks(4, find, "cut", 0) == [None, ("data", "cut"), None, ("data", "cut")]
+    # tensor-parallel copies may differ by roundings, data-parallel ones by nothing
+    assert run_ranks(4, find, "drift", 1e-6) == [None] * 4
+    assert run_ranks(4, find, "drift", 0.1) == [("tensor", "copied")] * 4
+
+
+def test_all_ranks_stop_where_one_sees_unequal_copies(settings, make_training):
+    def check():
+        pipeline, engine, groups = make_training("torch", replace(settings("all"), vocab=VocabConfig(500, 250)))
+        run = Run(settings("all"), pipeline, engine, None, None, groups, Backend.resolve(settings("all")), None)
+        require_equal_copies(run)
+        with torch.no_grad():
+            if dist.get_rank() == 5:
+                next(pipeline.model.parameters())[0] += 1
+        with pytest.raises(RunError, match="copies"):
+            require_equal_copies(run)
+        return True
+
+    assert all(run_ranks(8, check))

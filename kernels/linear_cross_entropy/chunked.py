@@ -28,7 +28,7 @@ class ChunkedHead:
         kind = weight.dtype if weight.is_cuda else torch.promote_types(weight.dtype, torch.float32)
         self.columns = self.rows_used.to(kind).T
 
-    def rows_at_a_time(self) -> int:
+    def rows_at_a_time(self, total: int) -> int:
         """The same on all ranks, whatever share of the ranges each has: every chunk takes part in collectives."""
         group = self.settings.group
         columns = sum(end - start for start, end in self.settings.ranges) // (group.size() if group else 1)
@@ -57,14 +57,14 @@ class ChunkedHead:
         for piece, part in zip(settings.pieces, self._parts(e), strict=True):
             by_range[piece.range] += part.sum(dim=1)
         statistics = torch.cat((by_range.log() + self.offset.T, target.T, largest.T))
-        self.here = here
+        self.local_row, self.here = local_row, here
         return over_ranks(statistics, settings.group)
 
     def differentiate(self, values: TokenValues) -> None:
         """Turn E into the gradient to the logits."""
         e = self.exponentials
         e.mul_((values.upstream * (1 + values.slope) * (self.offset[:, 0] - values.lse).exp())[:, None])
-        of_target = (values.upstream * values.of_target)[:, None]
+        of_target = (values.upstream * values.of_target)[:, None].where(self.here, 0.0)
         e.scatter_(1, self.column, of_target.where(self.here, e.gather(1, self.column)))
         if values.keep is not None:
             for piece, part in zip(self.settings.pieces, self._parts(e), strict=True):
@@ -72,11 +72,17 @@ class ChunkedHead:
                 part.masked_fill_(~keep[:, None], 0.0)
         self.slots = self._slots(values.keep, len(e))
         self.gradient = e.to(self.weight.dtype)
+        # What the target's entry loses to bfloat16, which is all of an error where it is largest: of flat logits every
+        # token has the same entry, and rounding that is the same for all does not average out.
+        self.lost = of_target - of_target.to(self.weight.dtype) if self.gradient.dtype != e.dtype else None
 
     def hidden_gradient(self) -> Tensor:
-        """[n, D] in the dtype of the inputs."""
+        """[n, D] in the dtype of the inputs or float32."""
         if all(slots is None for slots in self.slots):
-            return self.gradient @ self.rows_used
+            part = self.gradient @ self.rows_used
+            if self.lost is None:
+                return part
+            return self._add_lost(part.to(self.lost.dtype))
         total = torch.zeros((len(self.column), self.weight.shape[1]), dtype=self.offset.dtype)
         for piece, part, slots in zip(self.settings.pieces, self._parts(self.gradient), self.slots, strict=True):
             weight = self.weight[piece.start : piece.stop]
@@ -84,7 +90,10 @@ class ChunkedHead:
                 total += product(part, weight)
             elif len(slots):
                 total.index_add_(0, slots, product(part[slots], weight))
-        return total.to(self.weight.dtype)
+        return total if self.lost is None else self._add_lost(total)
+
+    def _add_lost(self, total: Tensor) -> Tensor:
+        return total.addcmul_(self.lost, self.weight[self.local_row.clamp(min=0)].to(total.dtype))
 
     def add_weight_gradient(self, hidden: Tensor, total: Tensor, only_chunk: bool) -> None:
         """Add this chunk's part to ``total`` [rows of weight, D] in float32 or better."""
@@ -96,6 +105,8 @@ class ChunkedHead:
                 total[piece.start : piece.stop] = part.T @ x
             else:
                 add_product(total[piece.start : piece.stop], part.T, x)
+        if self.lost is not None:
+            total.index_add_(0, self.local_row.clamp(min=0), self.lost * hidden)
 
     def _slots(self, keep: Tensor | None, rows: int) -> list[Tensor | None]:
         """Rows of each piece that have a gradient; None: all, or on a GPU, where asking would wait for the device."""

@@ -38,8 +38,9 @@ def linear_cross_entropy_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [N], the other fields of TokenLosses [5, N], gradient of sum(loss) to hidden, to weight in float32).
 
-    A gradient that is not asked for is an empty tensor. ``ranges`` and ``blocks`` are flattened pairs; ``group_name``
-    names the process group ("": the vocabulary is whole); ``order``: see LiveTokens.
+    The gradient to hidden is in the dtype of ``hidden`` on a GPU, in float32 on a CPU. A gradient that is not asked for
+    is an empty tensor. ``ranges`` and ``blocks`` are flattened pairs; ``group_name`` names the process group ("": the
+    vocabulary is whole); ``order``: see LiveTokens.
     """
     # PyTorch's own functional collectives find their group by name in the same way.
     group = distributed_c10d._resolve_process_group(group_name) if group_name else None
@@ -50,15 +51,16 @@ def linear_cross_entropy_op(
     kind = torch.promote_types(hidden.dtype, torch.float32)
     taken = _taken(targets, order, ignore_index)
     outputs = torch.zeros((6, count + 1), dtype=kind, device=hidden.device)  # the last column is nobody's
-    grad_hidden = hidden.new_zeros((count + 1, width)) if hidden_gradient else None
+    kept = _kept_dtype(hidden)
+    grad_hidden = hidden.new_zeros((count + 1, width), dtype=kept) if hidden_gradient else None
     rows = weight.shape[0] if weight_gradient else 0
     grad_weight = torch.zeros((rows, width), dtype=kind, device=weight.device)
     # float16 has no exponents for small probabilities: computed in float32
     computed = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
     head = _head(implementation)(weight.to(computed), settings)
     with precision(hidden.device, computed):
-        size = head.rows_at_a_time()
         total = count if taken is None else len(taken)
+        size = head.rows_at_a_time(total)
         for start in range(0, total, size):
             place = slice(start, min(start + size, total)) if taken is None else taken[start : start + size]
             # of -1, an empty place of the bucket, the last token's numbers are read and nobody's written
@@ -69,8 +71,16 @@ def linear_cross_entropy_op(
             values, x = _chunk(head, x, target, weights, ignore_index)
             outputs[:, place] = values.outputs
             _add_gradients(head, x, values, place, grad_hidden, grad_weight, total <= size)
-    grad_hidden = hidden.new_empty((0, width)) if grad_hidden is None else grad_hidden[:count]
+    grad_hidden = hidden.new_empty((0, width), dtype=kept) if grad_hidden is None else grad_hidden[:count]
     return outputs[0, :count].clone(), outputs[1:, :count].clone(), grad_hidden.contiguous(), grad_weight
+
+
+def _kept_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the gradient to ``hidden`` until the backward pass: where memory is scarce, that of the result.
+
+    The bfloat16 products of a CPU have rounded it before; once more and the error would be above 3e-3.
+    """
+    return hidden.dtype if hidden.is_cuda else torch.promote_types(hidden.dtype, torch.float32)
 
 
 def _head(implementation: str) -> type:
@@ -128,7 +138,7 @@ def _(hidden, weight, targets, token_weight, order, ranges, blocks, mode, delta,
     return (
         hidden.new_empty((count,), dtype=kind),
         hidden.new_empty((5, count), dtype=kind),
-        hidden.new_empty((count if hidden_gradient else 0, width)),
+        hidden.new_empty((count if hidden_gradient else 0, width), dtype=_kept_dtype(hidden)),
         weight.new_empty((weight.shape[0] if weight_gradient else 0, width), dtype=kind),
     )
 
@@ -147,13 +157,17 @@ def _backward(ctx, grad_loss, *_unused):
     if grad_loss is None:
         return (None,) * 15
     if len(grad_loss) == 0 or grad_loss.stride(0) == 0:  # one number for all tokens
-        scale = grad_loss[0] if len(grad_loss) else 0.0
-        grad_hidden, grad_weight = grad_hidden * scale, grad_weight * scale
+        scale = grad_loss[:1] if len(grad_loss) else grad_loss.new_zeros(1)
+        # of one dimension: scaled in float32, where a number would take the dtype of the gradient; and written at once
+        grad_hidden, grad_weight = (
+            torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+            for gradient, dtype in ((grad_hidden, hidden.dtype), (grad_weight, weight.dtype))
+        )
     else:
         weights = grad_loss if token_weight is None else grad_loss * token_weight
         grad_hidden, grad_weight = linear_cross_entropy_op(hidden, weight, targets, weights, order, *ctx.options)[2:]
-    grad_hidden = grad_hidden.to(hidden.dtype) if wanted[0] else None
-    return grad_hidden, grad_weight.to(weight.dtype) if wanted[1] else None, *(None,) * 13
+        grad_weight = grad_weight.to(weight.dtype)
+    return grad_hidden if wanted[0] else None, grad_weight if wanted[1] else None, *(None,) * 13
 
 
 torch.library.register_autograd("megat2i::linear_cross_entropy", _backward, setup_context=_setup)

@@ -14,7 +14,7 @@ from megat2i.kernels.linear_cross_entropy.columns import over_ranks
 from megat2i.kernels.linear_cross_entropy.products import add_product, product
 from megat2i.kernels.linear_cross_entropy.tokens import ROW_TILE, Settings, TokenValues, scaled
 
-CHUNK_ROWS = 4096  # 0.55 GB of exponentials in bfloat16 at 66,816 columns
+CHUNK_ROWS = 3840  # at most: 0.51 GB of exponentials in bfloat16 at 66,816 columns
 WINDOW = 30.0  # nats; see tokens.FAR
 COMBINE_ROWS = 128
 
@@ -33,9 +33,10 @@ class TritonHead:
         tile = kernels.tiles_for(kernels.LOGITS_TILES, weight)["COLUMNS"]
         self.tiles = [triton.cdiv(piece.stop - piece.start, tile) for piece in settings.pieces]
 
-    def rows_at_a_time(self) -> int:
-        """Rows of a chunk."""
-        return CHUNK_ROWS
+    def rows_at_a_time(self, total: int) -> int:
+        """Of ``total``, in chunks of equal size: a short last one would cost as much traffic for the weight."""
+        chunks = triton.cdiv(max(total, 1), CHUNK_ROWS)
+        return triton.cdiv(max(total, 1), chunks * ROW_TILE) * ROW_TILE
 
     def statistics(self, hidden: Tensor, local_row: Tensor, own: Tensor, live: Tensor) -> Tensor:
         """[ranges + 2, n] over all ranks' columns (see ``over_ranks``); keeps E for ``differentiate``."""
@@ -99,14 +100,20 @@ class TritonHead:
 
     def differentiate(self, values: TokenValues) -> None:
         """Make E's entries at the targets those of the gradient, and ``factor`` what its rows are multiplied by."""
-        self.factor, entry = scaled(values, self.offset)
+        factor, entry = scaled(values, self.offset)
         self.keep = values.keep
         rows = len(self.hidden)
         place = torch.arange(rows, device=entry.device)
-        column = self.local_row.clamp(min=0)
+        here, column = self.local_row >= 0, self.local_row.clamp(min=0)
         e = self.buffer[:rows]
+        stored = entry.to(e.dtype)
         # where there is no target here, what stands in the column is written again
-        e[place, column] = torch.where(self.local_row >= 0, entry.to(e.dtype), e[place, column])
+        e[place, column] = torch.where(here, stored, e[place, column])
+        # The entry's rounding goes into the factor, which leaves the target's gradient exact: of flat logits all rows
+        # have the same entry, and rounding that is the same for all does not average out. Not where the entry is so
+        # small that bfloat16 loses more than a rounding.
+        change = entry / stored
+        self.factor = torch.where(here & ((change - 1).abs() < 2**-7), factor * change, factor)
 
     def hidden_gradient(self) -> Tensor:
         """[n, D] in the dtype of the inputs: diag(factor) (E W), summed and scaled in float32."""
@@ -126,11 +133,11 @@ class TritonHead:
                 total = product(e, w)
             else:
                 add_product(total, e, w)
-        return total.mul_(self.factor[:, None]).to(self.hidden.dtype)
+        return torch.mul(total, self.factor[:, None], out=torch.empty_like(self.hidden))  # without a float32 copy
 
     def add_weight_gradient(self, hidden: Tensor, total: Tensor, only_chunk: bool) -> None:
         """Add E.T (diag(factor) X) to ``total`` [rows of weight, D] float32."""
-        x = (hidden * self.factor[:, None]).to(hidden.dtype)
+        x = torch.mul(hidden, self.factor[:, None], out=torch.empty_like(hidden))
         rows, width = hidden.shape
         for piece in self.settings.pieces:
             e, out = self._part(piece, rows), total[piece.start : piece.stop]

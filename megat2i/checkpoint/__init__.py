@@ -11,7 +11,7 @@ captions are pure functions of the step, and training draws no random numbers.
 
 from megat2i.checkpoint.agreement import CheckpointError
 from megat2i.checkpoint.folder import Checkpoint, committed, open_checkpoint, verify
-from megat2i.checkpoint.loading import latest, latest_here, load_engine, load_weights
+from megat2i.checkpoint.loading import latest, latest_here, load_engine, load_weights, read_weight, weight_shapes
 from megat2i.checkpoint.saving import Saved, finish, save
 
 __all__ = [
@@ -25,6 +25,8 @@ __all__ = [
     "load_engine",
     "load_weights",
     "open_checkpoint",
+    "read_weight",
     "save",
     "verify",
+    "weight_shapes",
 ]

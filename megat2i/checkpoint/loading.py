@@ -26,7 +26,7 @@ from megat2i.checkpoint.folder import (
     verify,
 )
 from megat2i.optim.engine import WEIGHT, Engine, Fragment
-from megat2i.parallel.shard import Box
+from megat2i.parallel.shard import Box, Shard
 
 
 def latest(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
@@ -86,6 +86,21 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
         for name, parameter in model.named_parameters()
     ]
     _carry_out(checkpoint, _plan(checkpoint, fragments))
+
+
+def weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Global shapes of the parameters in the checkpoint."""
+    return {part["name"]: tuple(part["shape"]) for part in checkpoint.manifest["parts"] if part["kind"] == WEIGHT}
+
+
+@torch.no_grad()
+def read_weight(checkpoint: Checkpoint, name: str) -> Tensor:
+    """The whole float32 master weight of one parameter."""
+    shape = weight_shapes(checkpoint)[name]
+    values = torch.empty(shape)
+    fragment = Fragment(name, WEIGHT, Shard.whole(shape), 0, values.view(-1), written=False)
+    _carry_out(checkpoint, _plan(checkpoint, [fragment]))
+    return values
 
 
 class _Copy(NamedTuple):

@@ -53,9 +53,10 @@ class GPT(nn.Module):
         self.stages = part.stages or (StageLayers(0, shape.layers, embedding=True, head=True),)
         self.weight_gradients = WeightGradients()
         blocks, norm = blocks or ((0, rows),), (shape.hidden, shape.norm, shape.norm_eps)
-        block = BlockShape(shape.hidden, shape.heads, shape.ffn_hidden, shape.norm, shape.norm_eps, shape.qk_norm)
         if any(stage.embedding for stage in self.stages):
             self.tok_embeddings = VocabParallelEmbedding(rows, shape.hidden, blocks, self.parallel)
+            self.post_embed_norm = Norm(*norm, ops, self.parallel) if shape.embedding_norm else None
+        block = _block_shape(shape)
         self.layers = nn.ModuleDict(
             {
                 str(layer): Block(block, ops, self.parallel, self.weight_gradients, part.recompute)
@@ -66,6 +67,11 @@ class GPT(nn.Module):
         if any(stage.head for stage in self.stages):
             self.norm = Norm(*norm, ops, self.parallel)
             self.output = VocabParallelHead(rows, shape.hidden, blocks, self.parallel)
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.shape.tied_embeddings:  # needs both on one rank, hence no pipeline: the configuration sees to it
+            self.output.weight = self.tok_embeddings.weight
 
     @staticmethod
     def empty(
@@ -80,7 +86,9 @@ class GPT(nn.Module):
         with torch.device("meta"):
             # image rows first: their shares begin at a multiple of 256 rows on every rank
             model = GPT(shape, vocab.size, vocab.ranges, ops, vocab.blocks[::-1], part)
-        return model.to(dtype).to_empty(device=device)
+        model = model.to(dtype).to_empty(device=device)
+        model._tie()  # each name has got memory of its own
+        return model
 
     @property
     def device(self) -> torch.device:
@@ -92,6 +100,8 @@ class GPT(nn.Module):
         for prefix, module in self.named_modules():
             if isinstance(module, ShardedModule | HeadsNorm):
                 shards |= {f"{prefix}.{name}": module.shard for name, _ in module.named_parameters()}
+        if self.shape.tied_embeddings:
+            del shards["output.weight"]  # the same parameter as the embedding's
         return shards
 
     def forward(
@@ -112,6 +122,7 @@ class GPT(nn.Module):
         positions = self._positions(tokens, cache)
         if stage.embedding:
             x = self.tok_embeddings(tokens.flatten())
+            x = x if self.post_embed_norm is None else self.post_embed_norm(x)
         for layer in range(stage.first, stage.stop):
             x = self.layers[str(layer)](x, positions, cache.layers[str(layer)] if cache else None)
         return x
@@ -167,7 +178,7 @@ class GPT(nn.Module):
 
     def new_cache(self, batch: int, max_length: int, first: Tensor | None = None) -> Cache:
         """An empty cache for ``batch`` rows; ``first`` [B]: left padding of each row (None: none)."""
-        heads, like = self.shape.heads // self.parallel.size, next(self.parameters())
+        heads, like = self.shape.key_value_heads // self.parallel.size, next(self.parameters())
         layers = {
             name: LayerCache(batch, heads, max_length, self.shape.head_dim, like.device, like.dtype)
             for name in self.layers
@@ -195,22 +206,43 @@ class GPT(nn.Module):
             index = (index[None, :] - first[:, None]).clamp(min=0)[:, None, :]  # [B, 1, S]
         half = torch.arange(0, self.shape.head_dim, 2, device=tokens.device, dtype=torch.float32)
         angles = index[..., None].float() * self.shape.rotary_base ** (-half / self.shape.head_dim)
-        return Positions(batch, angles.cos(), angles.sin(), mask, start)
+        interleaved = self.shape.positions == "rotary_interleaved"
+        return Positions(batch, angles.cos(), angles.sin(), mask, start, interleaved)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """open_lm's initial weights; every tensor is drawn whole by its own name, and a rank keeps its part of it."""
         shards = self.shards()
         for name, parameter in self.named_parameters():
-            shape = shards[name].shape
-            if len(shape) == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            std = shape[1] ** -0.5
-            if name.startswith("layers.") and name.endswith(("out_proj.weight", "w3.weight")):
-                std /= (2 * (int(name.split(".")[1]) + 1)) ** 0.5
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            values = torch.empty(shape, dtype=torch.float32)
-            nn.init.trunc_normal_(values, std=std, a=-INIT_CUT * std, b=INIT_CUT * std, generator=generator)
-            parameter.copy_(shards[name].cut(values))
+            parameter.copy_(shards[name].cut(initial_values(name, shards[name].shape, seed)))
+
+
+def initial_values(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """open_lm's initial values of the whole tensor ``name``, float32."""
+    if len(shape) == 1:
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+    std = shape[1] ** -0.5
+    if name.startswith("layers.") and name.endswith(("out_proj.weight", "w3.weight", "_ff_w2.weight")):
+        std /= (2 * (int(name.split(".")[1]) + 1)) ** 0.5
+    values, cut = torch.empty(shape, dtype=torch.float32), INIT_CUT * std
+    return nn.init.trunc_normal_(values, std=std, a=-cut, b=cut, generator=generator_of(name, seed))
+
+
+def generator_of(name: str, seed: int) -> torch.Generator:
+    """The source of random values of the tensor ``name``, which depend on nothing else."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _block_shape(shape: ModelConfig) -> BlockShape:
+    return BlockShape(
+        hidden=shape.hidden,
+        heads=shape.heads,
+        kv_heads=shape.key_value_heads,
+        head_dim=shape.head_dim,
+        ffn=shape.ffn_hidden,
+        feed_forward=shape.feed_forward,
+        norm=shape.norm,
+        eps=shape.norm_eps,
+        qk_norm=None if not shape.qk_norm else "head" if shape.qk_norm_per_head else "heads",
+    )

@@ -115,13 +115,18 @@ class _SumGradient(torch.autograd.Function):
         return finished(ctx.parallel.start_reduce(grad.clone())), None
 
 
+def summed_gradient(parameter: Tensor, parallel: TensorParallel) -> Tensor:
+    """A replicated parameter that each rank applies to something else: the ranks' gradients are summed."""
+    return parameter if parallel.size == 1 else _SumGradient.apply(parameter, parallel)
+
+
 def shared_parameter(parameter: Tensor, parallel: TensorParallel) -> Tensor:
     """A replicated parameter that each rank applies to its own tokens only: the ranks' gradients are summed.
 
     A small all-reduce for every use. Collecting them for one all-reduce a step would save latency, but every engine
     keeps gradients its own way, and this is right under all of them.
     """
-    return _SumGradient.apply(parameter, parallel) if parallel.sequence and parallel.size > 1 else parameter
+    return summed_gradient(parameter, parallel) if parallel.sequence else parameter
 
 
 class _GatherStatistics(torch.autograd.Function):

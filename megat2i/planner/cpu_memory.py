@@ -1,14 +1,15 @@
 """Memory that a rank's tensors take at their peak on a CPU, with the torch engine: what the planner can be checked on.
 
-The same counting as memory.py; different are the engine, which shards nothing, the attention, whose scores exist in
-bfloat16 (kernels/ops.py), and RMSNorm, which PyTorch composes of several operations.
+The same counting as memory.py; different are the engine, which shards nothing, and the operations, which PyTorch
+composes (kernels/ops.py): in bfloat16 attention's scores exist. The loss head is kernels/linear_cross_entropy/chunked.py.
 """
 
 from dataclasses import replace
 
 from megat2i.kernels.linear_cross_entropy import CHUNK_ELEMENTS
-from megat2i.planner.layout import Job, Layout
-from megat2i.planner.memory import deferred_bytes, layer_bytes, peak
+from megat2i.model import cost
+from megat2i.planner.layout import Job, Layout, up_width
+from megat2i.planner.memory import BF16, deferred_bytes, layer_bytes, peak
 from megat2i.planner.speed import rank_parameters
 
 SIZES = {"float32": 4, "bfloat16": 2}
@@ -27,22 +28,29 @@ def cpu_peak(job: Job, layout: Layout, dtype: str, rank: int = 0) -> float:
         job,
         layout,
         rank,
-        kept=tokens * _layer(job, layout, size),
-        deferred=tokens * deferred_bytes(job.shape, layout) * size / 2,
+        kept=tokens * layer_kept(job, layout, size),
+        deferred=tokens * deferred_bytes(job.shape, layout) * size / BF16,
         layer=_layer_backward(job, layout, size),
         head=_head(job, layout, size),
     )
     return static + activations + beside
 
 
-def _layer(job: Job, layout: Layout, size: int) -> float:
+def layer_kept(job: Job, layout: Layout, size: int) -> float:
     """What one token of a layer keeps."""
-    shape, t = job.shape, layout.tensor
-    kept = layer_bytes(shape, layout) * size / 2
+    shape, t, s = job.shape, layout.tensor, layout.tensor if layout.sequence else 1
     if layout.recompute != "none":
-        return kept
+        return layer_bytes(shape, layout) * size / BF16
+    query = cost.attention_width(shape) / t
+    # inputs and outputs of both norms; query, key and value; gate, up, silu and their product, or of GELU both sides
+    widths = 4 * shape.hidden / s + cost.joined_width(shape) / t + 2 * up_width(shape) / t
+    # query and key normed or rotated; attention's output, and with rotary positions its copy in the order of tokens
+    copies = 4 if shape.positions != "none" else 3 if shape.qk_norm else 1
+    kept = size * (widths + copies * query) + 4 * (4 / s + shape.heads / t)  # with statistics of norms and attention
+    if shape.qk_norm and t > 1:  # over all ranks' heads, in plain float32 operations
+        kept += 3 * 4 * 2 * query
     if shape.norm == "rms_norm":  # the input in float32 and its normalised form
-        kept += 2 * shape.hidden * (4 + (2 if size == 2 else 0)) / (t if layout.sequence else 1)
+        kept += 2 * shape.hidden * (4 + (2 if size == 2 else 0)) / s
     if size == 2:  # attention by matrix products keeps its probabilities
         kept += 2 * job.sequence_length * shape.heads / t
     return kept
@@ -56,14 +64,19 @@ def _layer_backward(job: Job, layout: Layout, size: int) -> float:
         scores = size * tokens * job.sequence_length * shape.heads / t
         gradients = max(gradients, 2 * scores + size * tokens * 4 * shape.hidden / t)
     whole = replace(layout, recompute="none")
-    return gradients + tokens * (_layer(job, whole, size) - _layer(job, layout, size))
+    return gradients + tokens * (layer_kept(job, whole, size) - layer_kept(job, layout, size))
 
 
 def _head(job: Job, layout: Layout, size: int) -> float:
-    """The loss head's backward pass: logits, their gradient (and it in bfloat16), the table's gradient, states."""
+    """What the loss head holds in the forward pass: the backward pass only scales gradients."""
     tokens, t, hidden = layout.micro_tokens(job), layout.tensor, job.shape.hidden
-    chunk = min(CHUNK_ELEMENTS, tokens * job.columns / t)
-    # oneDNN copies a transposed bfloat16 operand
-    logits = chunk * (4 + 4 + (2 + 2 if size == 2 else 0))
-    table = hidden * (4 * job.rows + size * job.columns) / t
-    return logits + table + 4 * size * tokens * hidden
+    columns, logits = job.columns / t, min(CHUNK_ELEMENTS, tokens * job.columns / t)
+    # states before and behind the norm and those with a label; their gradient, of all and of a chunk, in float32
+    states = tokens * hidden * (3 * size + 2 * 4)
+    # the table's gradient and its columns that are used, the latter also in float32
+    table = hidden * (4 * job.rows / t + size * columns + (4 * columns if size == 2 else 0))
+    chunk = logits * (4 + (2 if size == 2 else 0))  # exponentials, and as gradient in bfloat16
+    # a lone chunk's gradient of the table; of several, logits made while those before them are there, or a float32 copy
+    rest = tokens * columns - logits
+    beside = 4 * (logits if size == 2 else min(logits, rest)) if rest else size * columns * hidden
+    return states + table + chunk + beside

@@ -71,6 +71,18 @@ class Layout:
         return " ".join(words)
 
 
+def up_width(shape: ModelConfig) -> int:
+    """Outputs of the feed-forward's first product: gate and up, or up alone."""
+    return shape.ffn_hidden * (2 if shape.feed_forward == "swiglu" else 1)
+
+
+def qk_norm_apart(shape: ModelConfig, tensor: int) -> bool:
+    """Whether queries and keys are normed apart from attention's op, which splits and rotates them."""
+    needs_all_ranks = tensor > 1 and not shape.qk_norm_per_head
+    unknown = shape.norm == "layer_norm_no_gain" or shape.positions == "rotary_interleaved"
+    return shape.qk_norm and (needs_all_ranks or unknown)
+
+
 @cache
 def stages_of(job: Job, stages: int) -> tuple[StageLayers, ...]:
     """The balanced partition."""
@@ -84,11 +96,11 @@ def rank_stages(job: Job, layout: Layout, rank: int) -> tuple[StageLayers, ...]:
 
 def candidates(job: Job, gpus: int) -> Iterator[Layout]:
     """Every sensible layout: tensor ranks are a power of two within a node that divides heads and ffn, data ranks
-    divide the batch, a pipeline gets at least as many micro-batches as it has ranks."""
-    tensor = 1
+    divide the batch, a pipeline gets at least as many micro-batches as it has ranks; tied tables need one rank."""
+    tensor, deepest = 1, 1 if job.shape.tied_embeddings else job.shape.layers
     while tensor <= min(NODE, gpus):
-        if gpus % tensor == job.shape.heads % tensor == job.shape.ffn_hidden % tensor == 0:
-            for pipeline in range(1, job.shape.layers + 1):
+        if gpus % tensor == job.shape.key_value_heads % tensor == job.shape.ffn_hidden % tensor == 0:
+            for pipeline in range(1, deepest + 1):
                 if gpus // tensor % pipeline == 0 and job.global_batch % (gpus // tensor // pipeline) == 0:
                     yield from _variants(job, tensor, pipeline, gpus // tensor // pipeline)
         tensor *= 2

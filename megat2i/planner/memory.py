@@ -1,18 +1,19 @@
 """Memory of every rank by part, as the torch code holds it: what autograd saves, what schedules keep in flight.
 
-Counted on model/layers.py, parallel/layers.py, pipeline.py, kernels/linear_cross_entropy.py and DeepSpeed's
-BF16_Optimizer. All figures in bytes.
+Counted on model/layers.py, parallel/layers.py, pipeline.py, kernels/ on GPUs and DeepSpeed's BF16_Optimizer.
+All figures in bytes.
 """
 
 from dataclasses import dataclass, fields, replace
 from functools import cache
 
 from megat2i.config import ModelConfig
-from megat2i.kernels.linear_cross_entropy import CHUNK_ELEMENTS
+from megat2i.model import cost
 from megat2i.pipeline_order import BACKWARD, FORWARD, WEIGHTS, training_order
 from megat2i.planner.hardware import Gpu
-from megat2i.planner.layout import Job, Layout, rank_stages
+from megat2i.planner.layout import Job, Layout, qk_norm_apart, rank_stages, up_width
 from megat2i.planner.speed import rank_parameters
+from megat2i.planner.system import CHUNK_ROWS
 
 REDUCE_BUCKET = 500_000_000  # elements that DeepSpeed copies together for one all-reduce
 # Assumed, not measured: CUDA context, cuBLAS workspaces and NCCL's buffers for four groups; what the caching allocator
@@ -24,9 +25,9 @@ _orders = cache(training_order)  # one order serves many layouts
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest rank. ``activations``: of all micro-batches in flight; ``head``: the loss head's chunk of
-    logits and the gradient of its table, or the gradients inside one layer; ``buffers``: what the optimizer step needs
-    once activations are gone, where it is more than they were."""
+    """Bytes on the fullest rank. ``activations``: of all micro-batches in flight; ``head``: the states,
+    exponentials and gradients of the loss head, or the gradients inside one layer; ``buffers``: what the optimizer step
+    needs once activations are gone, where it is more than they were."""
 
     weights: float
     gradients: float
@@ -72,50 +73,58 @@ def rank_memory(job: Job, layout: Layout, rank: int) -> Memory:
 def layer_bytes(shape: ModelConfig, layout: Layout) -> float:
     """What one token of one layer keeps for the backward pass, in bfloat16.
 
-    Norms and residuals: cut along tokens by sequence parallelism; the rest by tensor parallelism. Values are a view
-    that keeps query and key alive, even where normalised or rotated copies of them are kept too; with rotary positions
-    attention's output has heads before tokens and is copied for the product after it.
+    Norms and residuals: cut along tokens by sequence parallelism; the rest by tensor parallelism.
     """
     t, s = layout.tensor, layout.tensor if layout.sequence else 1
-    hidden, ffn = shape.hidden, shape.ffn_hidden
     if layout.recompute == "full":
-        return BF16 * hidden / s
-    joined = 3 * hidden / t
+        return BF16 * shape.hidden / s
+    joined, up = cost.joined_width(shape) / t, up_width(shape) / t
     if layout.recompute == "selective":  # the residual before and after attention, the two wide products
-        return BF16 * (2 * hidden / s + joined + 2 * ffn / t)
-    copies = (3 if shape.positions == "rotary" else 2 if shape.qk_norm else 0) * hidden / t
-    statistics = 4 * (4 / s + shape.heads / t)  # of two norms, and attention's log-sum-exp
-    if shape.qk_norm and t > 1:  # statistics over all ranks' heads, in plain float32 operations: three kept of each
-        statistics += 3 * 4 * 2 * hidden / t
-    # inputs and outputs of both norms; attention's output; gate, up, silu and their product
-    return BF16 * (4 * hidden / s + joined + copies + hidden / t + 4 * ffn / t) + statistics
+        return BF16 * (2 * shape.hidden / s + joined + up)
+    # inputs and outputs of both norms; query, key and value; attention's output; the two sides of SwiGLU
+    widths = 4 * shape.hidden / s + joined + cost.attention_width(shape) / t + up + shape.ffn_hidden / t
+    return BF16 * widths + copies_bytes(shape, t) + 4 * shape.heads / t  # attention's log-sum-exp
+
+
+def copies_bytes(shape: ModelConfig, tensor: int) -> float:
+    """What one token of one layer keeps of queries and keys beside their projection: ready for attention, with keys
+    and values repeated where groups of queries share them; and what ops keep that cannot norm them in one pass."""
+    query = cost.attention_width(shape) / tensor
+    both = query * (1 + shape.key_value_heads / shape.heads)
+    kept = BF16 * (3 * query if shape.key_value_heads < shape.heads else 2 * query)
+    apart = qk_norm_apart(shape, tensor)
+    if apart or shape.positions == "rotary_interleaved":
+        kept += BF16 * both
+    return kept + (3 * 4 * both if apart and not shape.qk_norm_per_head else 0)  # in plain float32
 
 
 def deferred_bytes(shape: ModelConfig, layout: Layout) -> float:
     """What one token of one layer keeps between its backward pass and its weights' gradients (zero bubble): inputs and
     output gradients of the four products; the gradients of residuals are whole on every rank."""
     t, s = layout.tensor, layout.tensor if layout.sequence else 1
-    hidden, ffn = shape.hidden, shape.ffn_hidden
-    inputs = 2 * hidden / s + hidden / t + ffn / t
-    return BF16 * (inputs + 3 * hidden / t + 2 * ffn / t + 2 * hidden)
+    inputs = 2 * shape.hidden / s + (cost.attention_width(shape) + shape.ffn_hidden) / t
+    return BF16 * (inputs + (cost.joined_width(shape) + up_width(shape)) / t + 2 * shape.hidden)
 
 
 def layer_backward_bytes(job: Job, layout: Layout) -> float:
     """What one layer's backward pass holds beside activations: gradients, and what it computed again."""
     tokens, t, shape = layout.micro_tokens(job), layout.tensor, job.shape
     s = t if layout.sequence else 1
-    gradients = BF16 * tokens * (4 * shape.hidden / s + 3 * shape.hidden / t + 5 * shape.ffn_hidden / t)
+    residual, up = shape.hidden * (1 / s + 2), up_width(shape) / t  # with its input and their gradient on every rank
+    # gate and up's gradients apart and joined, then beside them the gradient of their weight
+    gradients = BF16 * (tokens * residual + max(2 * tokens * up, tokens * up + shape.hidden * up))
     whole = replace(layout, recompute="none")
     return gradients + tokens * (layer_bytes(shape, whole) - layer_bytes(shape, layout))
 
 
 def head_bytes(job: Job, layout: Layout) -> float:
-    """What the loss head's backward pass holds beside activations."""
+    """What the loss head holds beside activations, at the end of the forward pass or the beginning of the backward."""
     tokens, t, hidden = layout.micro_tokens(job), layout.tensor, job.shape.hidden
-    chunk = min(CHUNK_ELEMENTS, tokens * job.columns / t)
-    logits = chunk * (4 + 4 + BF16)  # again, their gradient, and it in bfloat16
-    table = hidden / t * (4 * job.rows + BF16 * job.columns)  # its gradient, and one chunk's part
-    return logits + table + 4 * BF16 * tokens * hidden  # the head's input, its normalised and live form, its gradient
+    s, rows = t if layout.sequence else 1, job.rows / t
+    states = BF16 * tokens * hidden * (1 / s + 2)  # before the norm, behind it, and their gradient
+    chunk = min(CHUNK_ROWS, tokens) * (BF16 * rows + 8 * hidden)  # exponentials, states and their gradient
+    # the table's gradient in float32, beside a chunk, then beside the scaled gradients
+    return states + 4 * rows * hidden + max(chunk, BF16 * (rows + tokens) * hidden)
 
 
 def peak(

@@ -14,7 +14,7 @@ from megat2i.planner.speed import step_time
 from megat2i.planner.system import Head, Passes, System
 
 GELU = 8 / 3  # a GELU layer of width 4 x hidden multiplies as much as SwiGLU of this width
-MATERIALISED_LOGITS = Head(products=3, logit_bytes=34, chunk=None)  # 17 passes, counted in bfloat16
+MATERIALISED_LOGITS = Head(logit_bytes=34)  # 17 passes, counted in bfloat16
 
 # llm-foundry: norms, residuals and GELU as PyTorch's own kernels, FSDP overlapped, FlashAttention in its first version,
 # which is half as fast as the second (arXiv 2307.08691)
@@ -26,7 +26,7 @@ LLM_FOUNDRY = System(
 # lit-gpt: FlashAttention-2, fused norms, SwiGLU and loss
 LIT_GPT = System(
     forward=Passes(6, 0, 3), backward=Passes(9, 6, 5),
-    scores=(0, 0), flash=1, head=Head(products=3, logit_bytes=10, chunk=None), hidden_reductions=False,
+    scores=(0, 0), flash=1, head=Head(logit_bytes=10), hidden_reductions=False,
     gradient=2, weights=4, overlap=True, accumulate=8, update=34,
 )  # fmt: skip
 # Megatron-LM in 2021: attention scores kept, softmax with mask and scale fused, bias fused with GELU and with dropout

@@ -72,9 +72,8 @@ class Planned:
 
 def plan(job: Job, gpus: int, gpu: Gpu) -> list[Planned]:
     """Every candidate: those that fit by speed, then the others by memory; raises ValueError where there is none."""
-    system = ours(job.shape)
     planned = [
-        Planned(job, layout, gpu, memory(job, layout), step_time(job, layout, system, gpu))
+        Planned(job, layout, gpu, memory(job, layout), step_time(job, layout, ours(job.shape, layout.tensor), gpu))
         for layout in candidates(job, gpus)
     ]
     if not planned:

@@ -6,11 +6,12 @@ optimizer. Nothing is taken to overlap that the system does not overlap.
 """
 
 from dataclasses import dataclass
+from math import ceil
 
 from megat2i.model import cost
 from megat2i.model.partition import StageLayers
 from megat2i.planner.hardware import Gpu, matmul_seconds, memory_seconds, ring_bandwidth
-from megat2i.planner.layout import Job, Layout, rank_stages, stages_of
+from megat2i.planner.layout import Job, Layout, rank_stages, stages_of, up_width
 from megat2i.planner.system import System
 
 FLASH_BACKWARD = 2.5  # FLOPs of fused attention's backward pass for one of its forward pass: it computes scores again
@@ -130,18 +131,21 @@ def recomputed(job: Job, layout: Layout, system: System, gpu: Gpu) -> Work:
 
 
 def head_seconds(job: Job, layout: Layout, system: System, gpu: Gpu) -> float:
-    """Forward and backward pass of the loss head for one micro-batch, its collectives included."""
+    """Forward and backward pass of the loss head for one micro-batch, its collectives included.
+
+    Of all positions: ours leaves out those without a label, but how many these are only the data knows.
+    """
     tokens, t, hidden = layout.micro_tokens(job), layout.tensor, job.shape.hidden
     columns, head = job.columns / t, system.head
-    chunk = tokens if head.chunk is None else min(tokens, max(1, head.chunk // columns))
-    products = head.products if chunk < tokens else cost.BACKWARD + 1
-    computed = products * matmul_seconds(gpu, tokens, hidden, columns)
-    # each chunk after the first one writes its weight gradient (bfloat16) and adds it to the float32 sum
-    accumulated = (tokens / chunk - 1) * (2 + 2 + 4 + 4) * columns * hidden
-    accumulated += system.accumulate * job.rows / t * hidden
-    collectives = 2 * (t - 1) / t * 2 * tokens * hidden * 2  # the input gathered or its gradient reduced, both ways
-    traffic = head.logit_bytes * tokens * columns + accumulated
-    return computed + memory_seconds(gpu, traffic) + collectives / 2 / ring_bandwidth(gpu, t, 1)
+    chunks = 1 if head.chunk is None else ceil(tokens / head.chunk)
+    product = chunks * matmul_seconds(gpu, tokens / chunks, hidden, columns)
+    traffic = tokens * (head.logit_bytes * columns + head.state_bytes * hidden)
+    traffic += hidden * (head.chunk_bytes * chunks * columns + (head.table_bytes + system.accumulate) * job.rows / t)
+    # the gradient of the states is reduced, beside the product of the table's; before it the states were gathered
+    reduction = _tensor_bytes(job, layout) / 2 / ring_bandwidth(gpu, t, 1)
+    gather = reduction / 2 if layout.sequence else 0.0
+    exposed = gather + max(0.0, reduction - (product if system.hidden_reductions else 0.0))
+    return (1 + cost.BACKWARD) * product + memory_seconds(gpu, traffic) + exposed
 
 
 @dataclass(frozen=True)
@@ -218,7 +222,8 @@ def rank_parameters(job: Job, layout: Layout, rank: int) -> float:
         layers = stage.stop - stage.first
         cut += layers * cost.layer_matrices(shape)
         norms += layers * (cost.layer_parameters(shape) - cost.layer_matrices(shape))
-        cut += job.rows * shape.hidden * (stage.embedding + stage.head)
+        tables = stage.embedding + stage.head - (shape.tied_embeddings and stage.embedding and stage.head)
+        cut += job.rows * shape.hidden * tables
         norms += cost.norm_parameters(shape) * stage.head
     return cut / layout.tensor + norms
 
@@ -227,9 +232,9 @@ def _products(job: Job, tensor: int) -> tuple[tuple[float, float], ...]:
     """(inner, columns) of a layer's four matrix products on one tensor-parallel rank."""
     hidden, ffn = job.shape.hidden, job.shape.ffn_hidden
     return (
-        (hidden, 3 * hidden / tensor),
-        (hidden / tensor, hidden),
-        (hidden, 2 * ffn / tensor),
+        (hidden, cost.joined_width(job.shape) / tensor),
+        (cost.attention_width(job.shape) / tensor, hidden),
+        (hidden, up_width(job.shape) / tensor),
         (ffn / tensor, hidden),
     )
 
@@ -251,8 +256,9 @@ def _tensor_bytes(job: Job, layout: Layout) -> float:
 
 def _stage_tensor_bytes(job: Job, layout: Layout, stage: StageLayers) -> float:
     one = _tensor_bytes(job, layout)
-    passes = 2 + (layout.recompute == "full") + (0.5 if layout.sequence else 0)
-    return one * (passes * (stage.stop - stage.first) + stage.head + stage.embedding / 2)
+    again = 0.5 if layout.sequence else 0.0  # inputs gathered once more
+    passes = 2 + (layout.recompute == "full") + again
+    return one * (passes * (stage.stop - stage.first) + stage.head * (1 + again) / 2 + stage.embedding / 2)
 
 
 def _between_stages(job: Job, layout: Layout, gpu: Gpu) -> tuple[float, float]:

@@ -3,13 +3,16 @@
 Elementwise kernels cost the bytes they move. A "pass" is one reading or one writing of a bfloat16 tensor: of width
 ``hidden`` for norms and residuals (cut along tokens by sequence parallelism), of width ``hidden`` inside attention and
 ``ffn`` inside the feed-forward (both cut by tensor parallelism). The passes of ours are counted on the code in
-model/layers.py and kernels/: eager PyTorch, one kernel for each operation.
+model/layers.py and kernels/, whose block makes one pass for each group of operations.
 """
 
 from dataclasses import dataclass
 
 from megat2i.config import ModelConfig
-from megat2i.kernels.linear_cross_entropy import CHUNK_ELEMENTS
+from megat2i.model import cost
+from megat2i.planner.layout import qk_norm_apart
+
+CHUNK_ROWS = 3840  # tokens at a time, at most: that of kernels/linear_cross_entropy/triton_head.py, which needs Triton
 
 
 @dataclass(frozen=True)
@@ -23,18 +26,20 @@ class Passes:
     def bytes(self, shape: ModelConfig, tensor: int, sequence: bool) -> float:
         """Bytes for one token on one of ``tensor`` ranks."""
         outer = self.hidden * shape.hidden / (tensor if sequence else 1)
-        return 2 * (outer + (self.attention * shape.hidden + self.ffn * shape.ffn_hidden) / tensor)
+        inner = self.attention * cost.attention_width(shape) + self.ffn * shape.ffn_hidden
+        return 2 * (outer + inner / tensor)
 
 
 @dataclass(frozen=True)
 class Head:
-    """The loss head. ``products``: matrix products of [tokens, hidden] x [hidden, columns]; ``logit_bytes``: traffic
-    of one logit through elementwise kernels; ``chunk``: logits held at a time (None: all), and with it the traffic of a
-    weight gradient that is added to once for every chunk."""
+    """The loss head: three matrix products, and bytes that elementwise kernels move for each logit, each number of the
+    tokens' states, and each of the table's gradient, once and for every chunk of ``chunk`` tokens (None: one chunk)."""
 
-    products: int
     logit_bytes: float
-    chunk: int | None
+    state_bytes: float = 0
+    table_bytes: float = 0
+    chunk_bytes: float = 0
+    chunk: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,24 +63,38 @@ class System:
     update: float  # bytes moved for each parameter by the optimizer step, on the rank that owns it
 
 
-def ours(shape: ModelConfig) -> System:
-    """This repository on GPUs: DeepSpeed's ZeRO-1, flash attention, the chunked loss head."""
-    forward = Passes(hidden=2 * 2 + 2 * 3, attention=0, ffn=2 + 3)  # norms, residual sums; silu, product
-    # norms read their input and gradient twice; residual gradients; query, key and value's gradients joined; product,
-    # silu, gate and up's gradients joined
-    backward = Passes(hidden=2 * 5 + 2 * 3, attention=6, ffn=6 + 3 + 4)
-    if shape.qk_norm:
-        forward = Passes(forward.hidden, forward.attention + 4, forward.ffn)
-        backward = Passes(backward.hidden, backward.attention + 10, backward.ffn)
-    if (
-        shape.positions == "rotary"
-    ):  # in float32, which counts double: 24 passes forward and 26 backward, of two tensors
-        forward = Passes(forward.hidden, forward.attention + 48, forward.ffn)
-        backward = Passes(backward.hidden, backward.attention + 52, backward.ffn)
-    # logits: product, cat, to float32, largest, two log-sum-exps; again product, cat, to float32, three in place,
-    # to bfloat16, two products
-    head = Head(products=4, logit_bytes=32 + 46, chunk=CHUNK_ELEMENTS)
+def ours(shape: ModelConfig, tensor: int) -> System:
+    """This repository on GPUs, ``tensor`` of them to a layer: DeepSpeed's ZeRO-1, flash attention, Triton kernels."""
+    forward, backward = _attention_passes(shape, tensor)
+    # SwiGLU, and backward the gradients of gate and up joined; GELU
+    ffn = (3, 5 + 4) if shape.feed_forward == "swiglu" else (2, 3)
+    # Exponentials come from a product's epilogue. States: gathered (4), masked (4), the target's logit (2), scaled for
+    # the table's gradient (4); their gradients summed in float32 over two ranges (10), scaled (6), cleared (2), put in
+    # place (4) and scaled (4). The table's is cleared and scaled, and each chunk's product reads and writes it.
+    head = Head(logit_bytes=0, state_bytes=40, table_bytes=4 + 6, chunk_bytes=6, chunk=CHUNK_ROWS)
     return System(
-        forward, backward, scores=(0, 0), flash=1, head=head, hidden_reductions=True,
+        # norm, norm of a sum, sum; backward likewise, the norm of the sum adding the residual's gradient on its way
+        Passes(hidden=2 + 4 + 3, attention=forward, ffn=ffn[0]),
+        Passes(hidden=3 + 4 + 3, attention=backward, ffn=ffn[1]),
+        scores=(0, 0), flash=1, head=head, hidden_reductions=True,
         gradient=4, weights=2, overlap=False, accumulate=10, update=34,
     )  # fmt: skip
+
+
+def _attention_passes(shape: ModelConfig, tensor: int) -> tuple[float, float]:
+    """Passes forward and backward between attention's projections and its scores."""
+    keys = shape.key_value_heads / shape.heads
+    both = 1 + keys  # queries and keys
+    # norm, split into heads and rotary positions of each in one pass; gradients joined with the values'
+    forward, backward = 2 * both, 2 * both + 2 * (both + keys)
+    if keys < 1:  # repeated for all the queries that they serve
+        forward, backward = forward + 4, backward + 2 * both
+    if shape.positions == "rotary_interleaved":  # copied into the order of the op
+        forward, backward = forward + 2 * both, backward + 2 * both
+    if not shape.qk_norm:
+        return forward, backward
+    if not qk_norm_apart(shape, tensor):
+        return forward, backward + both
+    if shape.qk_norm_per_head:
+        return forward + 2 * both, backward + 3 * both
+    return forward + 34 * both, backward + 78 * both  # PyTorch's operations in float32, which count double

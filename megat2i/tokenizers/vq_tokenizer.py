@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from megat2i.files import DataFileError
-from megat2i.tokenizers.checkpoint_file import read_checkpoint
 from megat2i.tokenizers.kmeans import nearest
 from megat2i.tokenizers.tokenizer_file import REMEDY, tokenizer_file_content, write_tokenizer_file
 from megat2i.tokenizers.vqgan import Architecture, Decoder, Encoder, Norm
+from megat2i.weights_file import read_checkpoint
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 PIXELS = {"cpu": 2 * 256**2, "cuda": 16 * 256**2}  # in one pass: enough to keep the device busy

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from block_cases import CASES, arguments, check, errors, norm
+from block_cases import CASES, MORE, arguments, check, errors, norm
 from interpreted import interpreter
 
 from megat2i.kernels import reference
@@ -14,10 +14,10 @@ def interpret():
         yield call
 
 
-def check_all() -> dict[str, str]:
+def check_all(cases) -> dict[str, str]:
     """Messages of the cases that fail."""
     failures = {}
-    for name, case in CASES.items():
+    for name, case in cases.items():
         try:
             check(case)
         except AssertionError as error:
@@ -26,7 +26,12 @@ def check_all() -> dict[str, str]:
 
 
 def test_kernels_equal_float64(interpret):
-    assert interpret(check_all) == {}
+    assert interpret(check_all, CASES) == {}
+
+
+@pytest.mark.full
+def test_kernels_equal_float64_in_more_cases(interpret):
+    assert interpret(check_all, MORE) == {}
 
 
 def other_eps(x, weight, bias, eps):
@@ -42,7 +47,7 @@ def unrotated(q, k, cosine, sine, heads, **options):
 
 
 def test_the_comparison_notices_the_other_direction_of_rotation(interpret):
-    assert min(interpret(errors, CASES["whole vector"], "cpu", unrotated)[:3]) > 0.1
+    assert min(interpret(errors, CASES["whole vector bf16"], "cpu", unrotated)[:3]) > 0.1
 
 
 def opcheck_all() -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megat2i.kernels import linear_cross_entropy, reference
+from megat2i.kernels import gradient_bound, linear_cross_entropy, reference
 
 MODULE = importlib.import_module("megat2i.kernels.linear_cross_entropy.chunked")
 IGNORE = -100
@@ -161,38 +161,66 @@ def test_ignored_tokens_with_huge_logits_leave_the_gradients_finite():
     assert max(fields) < 1e-5 and hidden_error < 1e-5 and weight_error < 1e-5
 
 
+@st.composite
+def tables(draw) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+    """(ranges, blocks): one to three ranges with gaps, in a table of one block or of two in either order."""
+    ranges, at = [], 0
+    for size in draw(st.lists(st.integers(1, 30), min_size=1, max_size=3)):
+        gap = draw(st.integers(0, 9))
+        ranges.append((at + gap, at + gap + size))
+        at += gap + size
+    rows = at + draw(st.integers(0, 9))
+    cut = draw(st.integers(0, rows))
+    blocks = ((0, rows),) if cut in (0, rows) else ((0, cut), (cut, rows))
+    return tuple(ranges), blocks[:: draw(st.sampled_from([1, -1]))]
+
+
 @given(
     tokens=st.integers(1, 40),
     width=st.integers(1, 33),
-    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=3),
-    gaps=st.lists(st.integers(0, 9), min_size=4, max_size=4),
+    table=tables(),
     ignored=st.sampled_from([0.0, 0.5, 1.0]),
-    scale=st.sampled_from([0.1, 1.0, 8.0, 60.0]),
-    z_loss=st.sampled_from([0.0, 1e-4]),
+    scale=st.sampled_from([0.0, 1.0, 8.0, 60.0]),
+    mode=st.sampled_from(["exact", "certified", "masked"]),
+    delta=st.sampled_from([1e-3, 0.3, 1.0]),
+    z_loss=st.sampled_from([0.0, 1e-4, 1e-2]),
+    weighted=st.booleans(),
+    chunk=st.sampled_from([1, 200, 1 << 24]),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
-def test_any_shape(tokens, width, sizes, gaps, ignored, scale, z_loss, seed):
-    ranges, at = [], 0
-    for size, gap in zip(sizes, gaps, strict=False):
-        ranges.append((at + gap, at + gap + size))
-        at += gap + size
-    hidden, weight, targets = make_case(tokens, width, tuple(ranges), at + gaps[-1], ignored, scale, seed)
-    upstream = torch.randn(tokens, generator=torch.Generator().manual_seed(seed))
-    fields, hidden_error, weight_error = compare(hidden, weight, targets, upstream, ranges=tuple(ranges), z_loss=z_loss)
-    assert max(fields[:3]) < 1e-5 and fields[4] < 1e-4
-    # Where all probability is on the target the gradient is rounding of zero: compared only where it is not.
-    wide = evaluate(
-        reference.linear_cross_entropy,
-        hidden.double(),
-        weight.double(),
-        targets,
-        upstream.double(),
-        ranges=tuple(ranges),
-        z_loss=z_loss,
-    )
-    if wide[1].norm() > 0.1 * scale * (targets != IGNORE).sum().sqrt():
-        assert hidden_error < 5e-5 and weight_error < 5e-5
+@settings(max_examples=100, deadline=None)
+def test_any_call(tokens, width, table, ignored, scale, mode, delta, z_loss, weighted, chunk, seed):
+    ranges, blocks = table
+    rows = max(end for _, end in blocks)
+    hidden, weight, targets = make_case(tokens, width, ranges, rows, ignored, scale, seed)
+    generator = torch.Generator().manual_seed(seed)
+    # mode "certified" bounds its gradients for an upstream gradient of 1
+    upstream = torch.ones(tokens) if mode == "certified" else torch.randn(tokens, generator=generator)
+    token_weight = torch.rand(tokens, generator=generator) if weighted else None
+    options = {"ranges": ranges, "mode": mode, "z_loss": z_loss}
+    wide = evaluate(reference.linear_cross_entropy, hidden.double(), weight.double(), targets, upstream.double(),
+                    token_weight=token_weight.double() if weighted else None, **options)  # fmt: skip
+    place = torch.cat([torch.arange(*block) for block in blocks])  # of every row of this call's table
+    options |= {"token_weight": token_weight, "blocks": blocks, "delta": delta}
+    before, MODULE.CHUNK_ELEMENTS = MODULE.CHUNK_ELEMENTS, chunk
+    try:
+        found = evaluate(linear_cross_entropy, hidden, weight[place], targets, upstream, **options)
+        losses = linear_cross_entropy(hidden, weight[place], targets, **options)
+    finally:
+        MODULE.CHUNK_ELEMENTS = before
+    largest = (hidden.double() @ weight.double().T).abs().max().item()
+    unit = 1.25e-6 * max(8.0, largest)  # the error of a loss, hence relative of a probability
+    for one, other in zip(found[0][:3], wide[0], strict=False):
+        assert (one - other).abs().max() < unit * (1 + 2 * z_loss * largest)
+    assert (found[0][4] - wide[0][4]).abs().max() < 10 * unit
+    live = (targets != IGNORE).sum().sqrt() * upstream.abs().max() * (1 + 2 * z_loss * (largest + 5))
+    skipped = gradient_bound(losses, hidden, weight) if mode == "certified" else None
+    for error, size, allowed in (
+        ((found[1] - wide[1]).norm(dim=1), weight.norm(dim=1).max(), skipped and skipped.hidden.double()),
+        ((found[2] - wide[2][place]).norm(dim=1).sum()[None], hidden.norm(dim=1).max() * rows**0.5,
+         skipped and skipped.weight.double()),
+    ):  # fmt: skip
+        assert (error <= 4 * unit * live * size + (0.0 if skipped is None else allowed)).all()
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])

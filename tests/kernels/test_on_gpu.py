@@ -6,10 +6,12 @@
 import pytest
 import torch
 from block_cases import CASES as BLOCK_CASES
+from block_cases import MORE as MORE_BLOCK_CASES
 from block_cases import check as check_block
 from block_cases import rope
 from head_cases import IGNORE, check, relative
 from test_triton_head import CASES as HEAD_CASES
+from test_triton_head import MORE as MORE_HEAD_CASES
 from test_triton_head import certified
 
 from megat2i.kernels import LiveTokens, choose_ops, linear_cross_entropy
@@ -20,14 +22,14 @@ BF16 = torch.bfloat16
 
 
 @pytest.mark.parametrize("implementation", ["triton", "chunked"])
-@pytest.mark.parametrize("name", HEAD_CASES)
-def test_head_cases(name, implementation):
-    check(HEAD_CASES[name], implementation, "cuda")
+@pytest.mark.parametrize("case", [*HEAD_CASES.values(), *MORE_HEAD_CASES.values()], ids=str)
+def test_head_cases(case, implementation):
+    check(case, implementation, "cuda")
 
 
-@pytest.mark.parametrize("name", BLOCK_CASES)
-def test_block_cases(name):
-    check_block(BLOCK_CASES[name], "cuda")
+@pytest.mark.parametrize("case", [*BLOCK_CASES.values(), *MORE_BLOCK_CASES.values()], ids=str)
+def test_block_cases(case):
+    check_block(case, "cuda")
 
 
 @pytest.mark.parametrize("op", ["norm", "rope", "swiglu"])
@@ -147,10 +149,10 @@ def test_the_head_needs_little_memory():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     linear_cross_entropy(hidden, weight, targets, ranges=RANGES).loss.sum().backward()
-    kept = hidden.grad.nbytes + weight.grad.nbytes
+    kept = hidden.grad.nbytes + 4 * weight.numel()
     extra = torch.cuda.max_memory_allocated() - before - kept
-    print(f"\npeak beyond inputs and gradients: {extra / 1e9:.2f} GB")
-    assert extra < 2.0e9  # a buffer of exponentials and the float32 gradient to the weight; all logits are 4.9 GB
+    print(f"\npeak beyond inputs, gradient to hidden and float32 gradient to weight: {extra / 1e9:.2f} GB")
+    assert extra < 0.6e9  # a buffer of exponentials; all logits are 4.9 GB
 
 
 @pytest.mark.parametrize("adversarial", [False, True])

@@ -57,7 +57,6 @@ GRID = [
     1.2.1
     1.2.1 sequence
     1.2.1 sequence selective bfloat16
-    1.4.1 sequence selective gain_only
     1.8.1 released
     2.1.1
     2.1.1 zero_bubble-1
@@ -90,26 +89,26 @@ FLOAT32 = {
 REDUCED_IN_BFLOAT16 = {
     "counts": 0,
     "correct": 1,
-    "loss": 2e-4,
+    "loss": 5e-4,
     "off_range": 1e-4,
-    "norm": 3e-4,
+    "norm": 5e-4,
     "gradient": 5e-3,
     "gradient of a tensor": 1e-2,
     "weights": 3e-4,
     "weights of a tensor": 1e-2,
 }
-# Against one process in float32. One process in bfloat16 differs from that by 3.3e-2 in the gradient (8.4e-2 in that of
-# a small bias): a layout may be no worse than that, rounding apart.
+# Against one process in float32. One process in bfloat16 differs from that by 3.4e-2 in the gradient (9e-2 in that of a
+# small bias): a layout may be no worse than that, rounding apart.
 BFLOAT16 = {
     "counts": 0,
     "correct": 4,
     "loss": 1e-2,
     "off_range": 3e-3,
-    "norm": 1e-2,
-    "gradient": 4e-2,
+    "norm": 1.5e-2,
+    "gradient": 4.5e-2,
     "gradient of a tensor": 0.12,
     "weights": 4e-3,
-    "weights of a tensor": 0.12,
+    "weights of a tensor": 0.1,
 }
 
 
@@ -186,7 +185,7 @@ def test_the_sgd_of_the_grid_is_sgd(one_process):
     """Three updates by hand, with the gradients that the grid compares."""
     training, weights = one_process("layer_norm")["sgd"], one_process.initial("layer_norm")
     for gradient in training.gradients:
-        weights = {name: values - 0.1 * gradient[name] for name, values in weights.items()}
+        weights = {name: values - 0.3 * gradient[name] for name, values in weights.items()}
     for name, values in weights.items():
         np.testing.assert_allclose(training.weights[name], values, rtol=1e-6, atol=1e-7)
     squares = [sum(float((g.astype(np.float64) ** 2).sum()) for g in step.values()) for step in training.gradients]
@@ -198,7 +197,7 @@ def test_the_bounds_of_bfloat16_are_not_wider_than_its_rounding(train, one_proce
     for optimizer, training in found.items():
         for quantity, difference in differences(training, expected[optimizer]).items():
             if quantity.startswith(("gradient", "weights")):
-                assert difference > 0.4 * BFLOAT16[quantity], (optimizer, quantity)
+                assert difference > 0.35 * BFLOAT16[quantity], (optimizer, quantity)
 
 
 def test_ranks_and_micro_batches_see_modalities_in_very_different_shares(make_batches, tiny_config):
@@ -218,11 +217,11 @@ def test_assembling_notices_holes_overlaps_and_unequal_copies():
     shard = Shard((4, 2), 0, ((0, 1), (2, 3)))
     rest = Shard((4, 2), 0, ((1, 2), (3, 4)))
     ones = np.ones((2, 2), np.float32)
-    assert assemble_copies([{"x": (shard, ones)}, {"x": (rest, 2 * ones)}])["x"][:, 0].tolist() == [1, 2, 1, 2]
+    tensors, unequal = assemble_copies([{"x": (shard, ones)}, {"x": (rest, 2 * ones)}, {"x": (rest, 2 * ones)}])
+    assert tensors["x"][:, 0].tolist() == [1, 2, 1, 2] and not unequal
     with pytest.raises(AssertionError, match="no rank holds"):
         assemble_copies([{"x": (shard, ones)}])
-    with pytest.raises(AssertionError, match="copies"):
-        assemble_copies([{"x": (shard, ones)}, {"x": (rest, ones)}, {"x": (rest, 2 * ones)}])
+    assert assemble_copies([{"x": (shard, ones)}, {"x": (rest, ones)}, {"x": (rest, 2 * ones)}])[1] == ["x"]
     part = ("x", (4,), [Box((0,), (3,))], np.ones(3, np.float32))
     with pytest.raises(AssertionError, match=r"come \[0, 1\] times"):
         assemble_parts([[part]])
@@ -247,5 +246,7 @@ def test_the_comparison_notices_one_wrong_element(one_process):
         sums[1, row, 2] += 2 if quantity in ("correct", "counts") else 1e-4 * sums[1, row, 2]
         with pytest.raises(AssertionError, match=f"sgd: {quantity}"):
             assert_same({"sgd": replace(training, sums=sums)}, expected, FLOAT32)
+    with pytest.raises(AssertionError, match="copies of x differ"):
+        assert_same({"sgd": replace(training, disagreements=("copies of x differ",))}, expected, FLOAT32)
     with pytest.raises(AssertionError, match="norm differs by nan"):
         assert_same({"sgd": replace(training, norms=training.norms * torch.nan)}, expected, FLOAT32)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megat2i import pipeline
 from megat2i.model import layers as model_layers
+from megat2i.optim.gradients import GradientSums
 from megat2i.optim.torch_engine import TorchEngine
 from megat2i.parallel import collectives, vocabulary
 from megat2i.parallel import layers as parallel_layers
@@ -139,7 +140,7 @@ def count_copies_in_deepspeeds_norm() -> None:
 
 
 def do_not_sum_over_data_parallel_ranks() -> None:
-    TorchEngine._start_reduction = lambda self, name: None
+    GradientSums._start_reduction = lambda self, bucket: None
 
 
 def lose_the_deferred_gradients_of_one_micro_batch() -> None:
@@ -192,7 +193,7 @@ MISTAKES = {
     "norm gradients are not summed": (
         forget_the_sum_of_norm_gradients,
         "1.2.1 sequence",
-        "gradient of a tensor|copies",
+        "gradient of a tensor",
     ),
     "the head's input gradient is summed twice": (sum_the_gradient_before_the_head_again, "1.2.1 sequence", "gradient"),
     "the head's blocks in another order": (order_the_blocks_of_the_head_otherwise, "1.2.1", "loss"),
@@ -201,7 +202,7 @@ MISTAKES = {
     "ZeRO's average is taken for a sum": (scale_the_loss_by(0.5), "1.1.2 deepspeed", "norm"),
     "copies are counted in the norm": (count_copies_in_the_norm, "1.2.1", "norm"),
     "copies are counted in DeepSpeed's norm": (count_copies_in_deepspeeds_norm, "1.2.1 deepspeed", "norm"),
-    "data-parallel ranks go their own ways": (do_not_sum_over_data_parallel_ranks, "1.1.2", "another norm"),
+    "data-parallel ranks go their own ways": (do_not_sum_over_data_parallel_ranks, "1.1.2", "gradient"),
     "weight gradients of a micro-batch are lost": (
         lose_the_deferred_gradients_of_one_micro_batch,
         "2.1.1 zero_bubble-1",

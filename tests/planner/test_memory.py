@@ -4,56 +4,62 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from meta_block import BATCH, CHANGES, SHAPE, TOKENS, block_model, forward
 
 from megat2i.config import ModelConfig
-from megat2i.kernels import choose_ops
-from megat2i.model.gpt import GPT, Part
-from megat2i.model.partition import StageLayers
-from megat2i.pipeline_order import peak_in_flight, training_order
+from megat2i.pipeline_order import BACKWARD, FORWARD, WEIGHTS, peak_in_flight, training_order
 from megat2i.planner.hardware import GPUS
 from megat2i.planner.layout import Job, Layout
-from megat2i.planner.memory import Memory, layer_bytes, memory, peak, rank_memory
+from megat2i.planner.memory import Memory, copies_bytes, head_bytes, layer_bytes, memory, peak, rank_memory
 
-SHAPE = ModelConfig(hidden=128, heads=4, ffn=320)
 JOB = Job(ModelConfig(), 66_816, 66_668, 1152, 896)
-TOKENS = 4 * 64
 
 
-def kept_bytes(shape: ModelConfig, recompute: str) -> int:
-    """Bytes alive after a forward pass of the real model in bfloat16, its result included."""
-    ops = choose_ops(torch.device("cpu"), torch.float32)  # the fused attention, as on a GPU
-    stage = StageLayers(0, shape.layers, embedding=True, head=False)
-    model = GPT(shape, 256, ((0, 256),), ops, part=Part(stages=(stage,), recompute=recompute)).bfloat16()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    tokens = torch.zeros(4, 64, dtype=torch.long)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        result = model.run_stage(stage, tokens, None)
-    assert result.requires_grad
-    return sum(event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]")
+def kept_bytes(shape: ModelConfig, recompute: str, apart: bool = False) -> int:
+    """Bytes that autograd keeps after a forward pass of the real layers in bfloat16, the weights excepted."""
+    model, kept = block_model(shape, recompute, apart), {}
+    alive = []  # so that no address is used twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        assert forward(model).requires_grad
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    return sum(size for storage, size in kept.items() if storage not in weights)
 
 
-CHANGES = ({}, {"qk_norm": True}, {"positions": "rotary"}, {"positions": "rotary", "qk_norm": True})
+def layer_kept(shape: ModelConfig, recompute: str, apart: bool = False) -> int:
+    one, two = (kept_bytes(replace(shape, layers=layers), recompute, apart) for layers in (1, 2))
+    return two - one
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_a_layer_keeps_what_autograd_saves(recompute, change):
     shape = replace(SHAPE, **change)
-    one, two = (kept_bytes(replace(shape, layers=layers), recompute) for layers in (1, 2))
-    predicted = TOKENS * layer_bytes(shape, Layout(1, 1, 1, 4, recompute=recompute))
-    assert two - one == pytest.approx(predicted, rel=0.01)
+    predicted = TOKENS * layer_bytes(shape, Layout(1, 1, 1, BATCH, recompute=recompute))
+    assert layer_kept(shape, recompute) == pytest.approx(predicted, rel=0.01)
+
+
+def test_queries_and_keys_normed_over_several_ranks_keep_more():
+    shape = replace(SHAPE, qk_norm=True)
+    alone, shared = (copies_bytes(shape, tensor) * tensor for tensor in (1, 2))
+    predicted = TOKENS * (layer_bytes(shape, Layout(1, 1, 1, BATCH)) + shared - alone)
+    assert layer_kept(shape, "none", apart=True) == pytest.approx(predicted, rel=0.01)
 
 
 def test_the_measurement_tells_what_is_kept_apart():
     """Negative control: each prediction is of its own case only."""
+    shapes = [replace(SHAPE, **change) for change in ({}, {"kv_heads": 1}, {"feed_forward": "gelu"})]
     predicted = {
-        layer_bytes(replace(SHAPE, **change), Layout(1, 1, 1, 4, recompute=recompute))
+        layer_bytes(shape, Layout(1, 1, 1, BATCH, recompute=recompute))
+        for shape in shapes
         for recompute in ("none", "selective", "full")
-        for change in CHANGES
     }
-    assert len(predicted) == 5  # copies of query and key are kept without recomputation only
+    assert len(predicted) == 7  # "full" keeps the input alone
     ordered = sorted(predicted)
     assert all(larger / smaller > 1.02 for smaller, larger in zip(ordered, ordered[1:], strict=False))
 
@@ -61,7 +67,7 @@ def test_the_measurement_tells_what_is_kept_apart():
 def test_tensor_parallelism_cuts_all_but_norms_and_sequence_parallelism_these_too():
     whole = layer_bytes(SHAPE, Layout(1, 1, 1, 4))
     assert layer_bytes(SHAPE, Layout(4, 1, 1, 4, sequence=True)) == pytest.approx(whole / 4)
-    norms = 2 * 4 * 128 + 4 * 4
+    norms = 2 * 4 * 128
     assert layer_bytes(SHAPE, Layout(4, 1, 1, 4)) == pytest.approx((whole - norms) / 4 + norms)
 
 
@@ -87,6 +93,27 @@ def test_the_head_counts_where_it_is_and_when_it_works():
     layout = Layout(1, 2, 1, 1)
     assert peak(JOB, layout, 0, kept=1.0, deferred=1.0, layer=0.5, head=100.0)[1] == 0.5
     assert peak(JOB, layout, 1, kept=1.0, deferred=1.0, layer=0.5, head=100.0)[1] == 100.0
+
+
+@pytest.mark.parametrize(("schedule", "virtual_stages"), [("1f1b", 1), ("interleaved", 3), ("zero_bubble", 2)])
+def test_the_head_s_gradients_wait_for_nothing(schedule, virtual_stages):
+    """They are made in its forward pass: no other micro-batch is computed before its backward pass uses them."""
+    order = training_order(schedule, 4, virtual_stages, 16)[3]
+    work = [action for action in order if action.kind in (FORWARD, BACKWARD, WEIGHTS)]
+    heads = [number for number, action in enumerate(work) if action[:2] == (FORWARD, 4 * virtual_stages - 1)]
+    assert len(heads) == 16
+    for number in heads:
+        assert work[number + 1] == work[number]._replace(kind=BACKWARD)
+
+
+def test_what_the_head_holds():
+    """Its table's gradient in float32, and a chunk of exponentials or the scaled gradients."""
+    tokens, table = 14 * 1152, 66_816 * 2048
+    states, chunk = 2 * tokens * 2048 * 3, 3840 * (2 * 66_816 + 8 * 2048)
+    assert head_bytes(JOB, Layout(1, 1, 64, 14)) == pytest.approx(states + 4 * table + chunk)
+    wide = replace(JOB, shape=replace(JOB.shape, hidden=8192))
+    states, table = 4 * states, 4 * table
+    assert head_bytes(wide, Layout(1, 1, 64, 14)) == pytest.approx(states + 4 * table + 2 * table + states / 3)
 
 
 def test_what_the_optimizer_holds():

@@ -13,7 +13,7 @@ from megat2i.planner.system import ours
 
 GPU = GPUS["a100-80"]
 JOB = Job(ModelConfig(), 66_816, 66_668, 1152, 896)
-SYSTEM = ours(JOB.shape)
+SYSTEM = ours(JOB.shape, 1)
 
 
 def played(schedule: str, ranks: int, virtual_stages: int, micro_batches: int, stage_seconds) -> float:
@@ -89,11 +89,14 @@ def test_data_parallel_bytes_are_an_all_reduce_and_an_all_gather():
 
 
 def test_tensor_parallel_bytes():
-    """Two all-reduces of [tokens, hidden] forward, two backward in a layer; embedding and head one and a half."""
+    """Two all-reduces of [tokens, hidden] forward, two backward in a layer; embedding and head one each."""
     layout = Layout(4, 1, 16, 7)
     time = step_time(JOB, layout, SYSTEM, GPU)
     all_reduce = 2 * 3 / 4 * (7 * 1152) * 2048 * 2
-    assert time.links.tensor == pytest.approx(layout.micro_batches(JOB) * (24 * 4 * all_reduce + 3 * all_reduce))
+    assert time.links.tensor == pytest.approx(layout.micro_batches(JOB) * (24 * 4 * all_reduce + 2 * all_reduce))
+    # inputs of layers and head are gathered besides: half an all-reduce each
+    shared = step_time(JOB, replace(layout, sequence=True), SYSTEM, GPU)
+    assert shared.links.tensor == pytest.approx(layout.micro_batches(JOB) * (24 * 5 + 2.5) * all_reduce)
     more = step_time(JOB, replace(layout, recompute="full"), SYSTEM, GPU)
     assert more.links.tensor > time.links.tensor and more.seconds > 1.2 * time.seconds
 

@@ -14,9 +14,9 @@ import torch
 from small_networks import SMALL, random_images, random_weights, small
 
 from megat2i.files import DataFileError
-from megat2i.tokenizers.checkpoint_file import read_checkpoint
 from megat2i.tokenizers.image import load_image_tokenizer
 from megat2i.tokenizers.movqgan import MoVQGAN
+from megat2i.weights_file import read_checkpoint
 
 IMAGES = random_images(2, 16, 16)
 

@@ -1,0 +1,123 @@
+"""tools/convert_checkpoint.py as it is called: from open_lm to a run, from a run to transformers."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from megat2i.kernels import choose_ops
+from megat2i.model import open_lm, pretrained, weights
+
+LLAMA = ["model.norm=rms_norm", "model.positions=rotary", "model.qk_norm=true", "model.qk_norm_per_head=true",
+         "model.kv_heads=2"]  # fmt: skip
+
+
+@pytest.fixture
+def convert(repository, tmp_path):
+    """Function of arguments -> (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        command = [sys.executable, str(repository / "tools" / "convert_checkpoint.py"), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        return done.returncode, done.stdout, done.stderr
+
+    return call
+
+
+def test_open_lm_becomes_the_start_of_a_run(convert, golden, tmp_path, run_config, pretrain):
+    source = golden / "open_lm" / "c_gainlp_qknorm_rotary_swiglutorch.pt"
+    content = torch.load(source, weights_only=True)
+    (tmp_path / "params.json").write_text(json.dumps(content["params"]))
+    arguments = ("--from", "open_lm", source, tmp_path / "lm", "--params", tmp_path / "params.json")
+    code, out, err = convert(*arguments)
+    assert code == 0, err
+    opened = pretrained.open_pretrained(tmp_path / "lm")
+    assert opened.rows == 384 and opened.vocab is None
+    own = [name for name in content["state_dict"] if not name.endswith("inv_freq")]
+    assert sorted(opened.dtypes) == sorted(own)
+    assert all(torch.equal(opened.read(name), content["state_dict"][name]) for name in own)
+    # what it printed is the model of a run
+    section = yaml.safe_load(out[out.index("model:") :])["model"]
+    overrides = [f"model.{key}={'null' if value is None else value}" for key, value in section.items()]
+    process = pretrain(tmp_path / "run", *overrides, "training.stop_at=1")
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    code, _, err = convert(*arguments)
+    assert code != 0 and "lm: exists already" in err and "Traceback" not in err
+
+
+def test_a_wrong_file_is_one_line(convert, tmp_path):
+    torch.save({"epoch": 1, "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]}}, tmp_path / "optimizer_1.pt")
+    code, _, err = convert("--from", "open_lm", tmp_path / "optimizer_1.pt", tmp_path / "lm")
+    assert code != 0 and "optimizer_1.pt: an optimizer file" in err and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["optimizer_1.pt"]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_run_becomes_a_model_of_transformers(convert, pretrain, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    process = pretrain(tmp_path / "run", "training.stop_at=2", *LLAMA)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    code, out, err = convert("--from", "run", tmp_path / "run", tmp_path / "exported", "--to", "huggingface")
+    assert code == 0, err
+    assert "7 specials, 40 image codes" in out
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    from megat2i.generate import Sampler
+
+    cpu = torch.device("cpu")
+    sampler, settings = Sampler.from_run(tmp_path / "run", cpu, torch.float32)
+    vocab = settings.vocab_layout
+    used = torch.cat([torch.arange(start, stop) for start, stop in vocab.ranges])
+    tokens = used[torch.randint(0, len(used), (2, 17), generator=torch.Generator().manual_seed(0))]
+    logits = theirs(torch.searchsorted(used, tokens)).logits
+    assert (logits - sampler.model.logits(tokens)[..., used]).abs().max() < 1e-5
+    # its tokenizer makes the exported ids
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    caption = sampler.text_tokenizer.encode(["red hut"])[0]
+    assert tokenizer("red hut")["input_ids"] == caption
+    prompt = tokenizer("<doc><text>red hut</text><image><image_0><image_39>")["input_ids"]
+    unified = [*sampler.prompt_tokens("red hut"), vocab.image_start, vocab.image_start + 39]
+    assert prompt == torch.searchsorted(used, torch.tensor(unified)).tolist()
+    generated = theirs.generate(torch.tensor([prompt]), min_new_tokens=3, max_new_tokens=3, do_sample=False)
+    assert generated.shape == (1, len(prompt) + 3)
+    # and back
+    again = pretrained.open_pretrained(tmp_path / "exported")
+    assert again.vocab == vocab
+    model = weights.GPT(again.shape, vocab.size, vocab.ranges, choose_ops(cpu, torch.float32), vocab.blocks[::-1])
+    weights.fill(model, again.read)
+    found, right = (m.logits(tokens)[..., used] for m in (model, sampler.model))
+    assert torch.equal(found, right)
+
+
+def test_a_run_of_another_shape_is_not_exported(convert, pretrain, tmp_path):
+    process = pretrain(tmp_path / "run", "training.stop_at=1")
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    code, _, err = convert("--from", "run", tmp_path / "run", tmp_path / "exported", "--to", "huggingface")
+    assert code != 0 and "model.norm=layer_norm cannot be exported" in err and err.count("\n") == 1
+    assert not (tmp_path / "exported").exists()
+    code, _, err = convert("--from", "run", tmp_path / "nothing", tmp_path / "exported")
+    assert code != 0 and "config.yaml: no such config file" in err
+
+
+def test_open_lm_with_the_shape_of_llama_is_exported(convert, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from open_lm_reference import make_state
+
+    params = open_lm.RELEASED_1B | {"dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 96}
+    params |= {"norm_type": "rms_norm", "positional_embedding_type": "rotary"}
+    torch.save(make_state(params), tmp_path / "x.pt")
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    code, _, err = convert("--from", "open_lm", tmp_path / "x.pt", tmp_path / "out", "--to", "huggingface", "--params",
+                           tmp_path / "params.json")  # fmt: skip
+    assert code == 0, err
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokens = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = open_lm.load(tmp_path / "x.pt", params).logits(tokens)
+        assert (theirs(tokens).logits - expected).abs().max() < 1e-5

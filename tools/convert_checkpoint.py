@@ -1,0 +1,118 @@
+"""Convert a model's weights, one tensor in memory at a time:
+
+  python tools/convert_checkpoint.py --from open_lm open_lm_1b.pt pretrained/open_lm_1b
+  python tools/convert_checkpoint.py --from run runs/mine exported/mine --to huggingface
+
+The first makes a folder for ``model.pretrained`` of a run and prints the section ``model`` that goes with it (a Hugging
+Face folder needs no conversion). The second makes one that transformers, vLLM and lm-eval open; it holds
+``megat2i_vocab.json``, which says how ids of the run became ids of the export. Nothing in a file is executed.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from megat2i import checkpoint, config
+from megat2i.checkpoint import CheckpointError
+from megat2i.config import Config, ConfigError, ModelConfig
+from megat2i.files import DataFileError, pending_folder
+from megat2i.model import huggingface, open_lm, weights
+from megat2i.model.pretrained import open_pretrained
+from megat2i.model.weights import ModelWeights
+from megat2i.runtime import DTYPES
+from megat2i.tokenizers import export
+from megat2i.weights_file import file_sha256
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", type=Path, metavar="INPUT", help="a file of open_lm, a folder, or a run's folder")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="the folder to make")
+    parser.add_argument(
+        "--from", dest="source", required=True, choices=("open_lm", "pretrained", "run"),
+        help="open_lm: a .pt file; pretrained: a folder that model.pretrained takes; run: its newest checkpoint",
+    )  # fmt: skip
+    parser.add_argument("--to", dest="target", choices=("megat2i", "huggingface"), default="megat2i")
+    parser.add_argument(
+        "--params", type=Path, help="open_lm's parameters or model_config as JSON (default: those of the released 1B)"
+    )
+    parser.add_argument(
+        "--sequence-length", type=int, metavar="S",
+        help="positions that an exported model is for (default: those of the run; 2,048 without one)",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of a Hugging Face folder")
+    arguments = parser.parse_args()
+    if arguments.params and arguments.source != "open_lm":
+        parser.error("--params goes with --from open_lm")
+    return arguments
+
+
+def main() -> None:
+    """Open the one form, write the other."""
+    arguments = parse_arguments()
+    run = None
+    if arguments.source == "open_lm":
+        source = open_lm.open_weights(arguments.input, read_params(arguments.params))
+    elif arguments.source == "pretrained":
+        source = open_pretrained(arguments.input)
+    else:
+        source, run = open_run(arguments.input)
+    if arguments.target == "megat2i":
+        origin = {"from": arguments.source, "name": arguments.input.name}
+        if arguments.input.is_file():
+            origin["sha256"] = file_sha256(arguments.input)
+        weights.save(source, arguments.output, origin)
+        print(f"{arguments.output}: start a run from it with this section of its configuration:\n")
+        print(model_section(source.shape, arguments.output), end="")
+        return
+    length = arguments.sequence_length or (run.data.sequence_length if run else 2048)
+    with pending_folder(arguments.output) as pending:
+        huggingface.save(source, pending, length, DTYPES[arguments.dtype])
+        if run:
+            (tokenizer,) = (arguments.input / "tokenizers" / "text").iterdir()
+            print(export.save(tokenizer, source.vocab, length, pending))
+    print(f"{arguments.output}: transformers.AutoModelForCausalLM.from_pretrained opens it")
+
+
+def read_params(path: Path | None) -> dict | None:
+    """open_lm's dictionary of parameters from a JSON file."""
+    if path is None:
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataFileError(path, f"not readable as JSON ({error})", "Pass a model_config of open_lm") from error
+    if not isinstance(content, dict):
+        raise DataFileError(path, "not a JSON object", "Pass a model_config of open_lm")
+    return content
+
+
+def open_run(folder: Path) -> tuple[ModelWeights, Config]:
+    """The weights of the newest sound checkpoint of a run, and the run's configuration."""
+    settings = config.load(folder / "config.yaml")
+    found = checkpoint.latest_here(folder / "checkpoints")
+    if found is None:
+        raise ConfigError(f"{folder}/checkpoints: no sound checkpoint; train the run to its first checkpoint")
+    vocab = settings.vocab_layout
+    dtypes = dict.fromkeys(checkpoint.weight_shapes(found), torch.float32)
+    read = partial(checkpoint.read_weight, found)
+    return ModelWeights(folder, settings.model, vocab.size, dtypes, read, vocab), settings
+
+
+def model_section(shape: ModelConfig, folder: Path) -> str:
+    """The section ``model`` of a run that starts from ``folder``, as YAML."""
+    fields = dataclasses.asdict(dataclasses.replace(shape, pretrained=str(folder)))
+    return OmegaConf.to_yaml({"model": fields})
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ConfigError, DataFileError, CheckpointError) as error:
+        sys.exit(f"error: {error}")
