@@ -1,7 +1,7 @@
 """A whole training step of a configuration: ours, the same model in plain PyTorch with torch.compile, and with Liger.
 
-    python benchmarks/bench_step.py [--json FILE] [--config FILE] [--micro-batch M ...] [--only NAME ...]
-        [section.key=value ...]
+    python benchmarks/bench_step.py [section.key=value ...] [--json FILE] [--config FILE] [--micro-batch M ...]
+        [--only NAME ...]
 
 All contestants are the same model, weights and rows, trained by our own ``train_step`` and engine on one device, one
 micro-batch a step; they differ in the operations of the blocks, in the loss head, in what torch.compile is given (every

@@ -12,7 +12,6 @@ from megat2i import checkpoint
 from megat2i.config import ConfigError, SamplingConfig, to_yaml
 from megat2i.generate import Sampler, draw
 from megat2i.model.gpt import GPT
-from megat2i.optim.torch_engine import TorchEngine
 from megat2i.tokenizers.image import load_image_tokenizer
 from megat2i.tokenizers.text import load_text_tokenizer
 

@@ -1,7 +1,7 @@
 """Memory that a rank's tensors take at their peak on a CPU, with the torch engine: what the planner can be checked on.
 
 The same counting as memory.py; different are the engine, which shards nothing, and the operations, which PyTorch
-composes (kernels/ops.py): in bfloat16 attention's scores exist. The loss head is kernels/linear_cross_entropy/chunked.py.
+composes (kernels/ops.py; in bfloat16 attention's scores exist), and the loss head (linear_cross_entropy/chunked.py).
 """
 
 from dataclasses import replace

@@ -87,8 +87,8 @@ def _attention_passes(shape: ModelConfig, tensor: int) -> tuple[float, float]:
     both = 1 + keys  # queries and keys
     # norm, split into heads and rotary positions of each in one pass; gradients joined with the values'
     forward, backward = 2 * both, 2 * both + 2 * (both + keys)
-    if keys < 1:  # repeated for all the queries that they serve
-        forward, backward = forward + 4, backward + 2 * both
+    if keys < 1:  # repeated for all the queries that they serve; gradients summed, those of values put in tokens' order
+        forward, backward = forward + 4, backward + 2 * (both + keys)
     if shape.positions == "rotary_interleaved":  # copied into the order of the op
         forward, backward = forward + 2 * both, backward + 2 * both
     if not shape.qk_norm:

@@ -1,12 +1,21 @@
-"""The memory model against the resident memory of real training processes, by the benchmark's own measurement."""
+"""The CPU's memory model: what autograd keeps, and the resident memory of real training processes."""
 
 import importlib.util
 from dataclasses import replace
 
 import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
 
 from megat2i import config
-from megat2i.config import ParallelConfig
+from megat2i.config import ModelConfig, ParallelConfig
+from megat2i.kernels import choose_ops
+from megat2i.model.gpt import GPT
+from megat2i.model.part import Part
+from megat2i.model.partition import StageLayers
+from megat2i.planner.cpu_memory import SIZES, layer_kept
+from megat2i.planner.layout import Job, Layout
+from megat2i.runtime import DTYPES
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +32,30 @@ def settings(repository, benchmark):
         "training.micro_batch_size=4", "training.global_batch_size=8", "runtime.dtype=float32", "vocab.image_codes=2000"
     ]  # fmt: skip
     return config.load(repository / "configs/openmoji_demo.yaml", benchmark.SHAPE + small)
+
+
+def kept_bytes(shape, dtype: torch.dtype) -> int:
+    """Bytes alive after a forward pass of the real layers, the result included."""
+    stage = StageLayers(0, shape.layers, embedding=True, head=False)
+    model = GPT(shape, 256, ((0, 256),), choose_ops(torch.device("cpu"), dtype), part=Part(stages=(stage,))).to(dtype)
+    model.initialise(0)
+    tokens = torch.zeros(4, 64, dtype=torch.long)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        result = model.run_stage(stage, tokens, None)
+    assert result.requires_grad
+    return sum(event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize("dtype", SIZES)
+@pytest.mark.parametrize(
+    "change", [{"positions": "rotary"}, {"positions": "rotary", "qk_norm": True}, {"feed_forward": "gelu"}], ids=str
+)
+def test_a_layer_keeps_what_autograd_saves(change, dtype):
+    shape = ModelConfig(hidden=128, heads=4, ffn=320, **change)
+    one, two = (kept_bytes(replace(shape, layers=layers), DTYPES[dtype]) for layers in (1, 2))
+    job = Job(shape, 256, 256, sequence_length=64, global_batch=4)
+    predicted = 4 * 64 * layer_kept(job, Layout(1, 1, 1, 4), SIZES[dtype])
+    assert two - one == pytest.approx(predicted, rel=0.02)
 
 
 @pytest.mark.slow

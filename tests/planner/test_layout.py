@@ -16,6 +16,7 @@ from megat2i.config import (
     validate,
 )
 from megat2i.planner.layout import Job, Layout, candidates, rank_stages
+from megat2i.planner.speed import rank_parameters
 
 SETTINGS = Config(
     vocab=VocabConfig(text_tokens=50_277, image_codes=16_384),
@@ -62,6 +63,15 @@ def test_the_sensible_sizes_are_there():
     assert {layout.recompute for layout in layouts} == {"none", "selective", "full"}
     assert {layout.schedule for layout in layouts} == {"1f1b", "interleaved", "zero_bubble"}
     assert all(not layout.sequence for layout in layouts if layout.tensor == 1)
+
+
+def test_key_heads_bound_tensor_and_tied_tables_forbid_pipeline_parallelism():
+    grouped = replace(JOB, shape=replace(JOB.shape, kv_heads=2))
+    assert {layout.tensor for layout in candidates(grouped, 16)} == {1, 2}
+    tied = replace(JOB, shape=replace(JOB.shape, tied_embeddings=True))
+    assert {layout.pipeline for layout in candidates(tied, 16)} == {1}
+    tables = [rank_parameters(job, Layout(1, 1, 16, 1), 0) for job in (JOB, tied)]
+    assert tables[0] - tables[1] == JOB.rows * JOB.shape.hidden
 
 
 def test_ranks_hold_every_pth_stage():
