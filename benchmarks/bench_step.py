@@ -102,19 +102,23 @@ def measure(who: Contestant, settings: config.Config, backend: Backend, groups: 
     if "liger" in who[:2] and (backend.device.type != "cuda" or not installed("liger_kernel")):
         return {"error": "needs a GPU and liger-kernel"}
     try:
-        step, norm = make_step(who, settings, backend, groups)
-        step()
-        peak = peak_memory(step, backend.device)
-        times = [one_time(step, backend.device) for _ in range(rounds)]
-        parts = parts_of_step(step, backend.device)
+        row = figures(who, settings, backend, groups, rounds)
     except Exception as error:  # out of memory, or a rival's own way to fail; the table says how
-        return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:90]}"}
-    finally:
-        step = None
-        torch._dynamo.reset()
-        gc.collect()
-        if backend.device.type == "cuda":
-            torch.cuda.empty_cache()
+        row = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:90]}"}
+    torch._dynamo.reset()
+    gc.collect()  # hooks of parameters are cycles; the next contestant needs the memory
+    if backend.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return row
+
+
+def figures(who: Contestant, settings: config.Config, backend: Backend, groups: ParallelGroups, rounds: int) -> dict:
+    """Times in milliseconds, speed, memory, the first gradient's norm and milliseconds by part."""
+    step, norm = make_step(who, settings, backend, groups)
+    step()
+    peak = peak_memory(step, backend.device)
+    times = [one_time(step, backend.device) for _ in range(rounds)]
+    parts = parts_of_step(step, backend.device)
     length = settings.data.sequence_length
     tokens = settings.training.micro_batch_size * (length - 1)
     columns = sum(stop - start for start, stop in settings.vocab_layout.ranges)

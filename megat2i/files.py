@@ -93,9 +93,12 @@ def pending_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for file in temporary.iterdir():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
+        for inside in temporary.rglob("*"):
+            if inside.is_dir():
+                fsync_folder(inside)
+            else:
+                with open(inside, "rb") as written:
+                    os.fsync(written.fileno())
         fsync_folder(temporary)
         os.rename(temporary, path)
         fsync_folder(path.parent)

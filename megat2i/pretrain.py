@@ -37,7 +37,7 @@ Providers = tuple[
 
 def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
     """Train to the end of the schedule or to ``training.stop_at``; collective over all ranks of the launch."""
-    settings = _with_vocabulary(settings)
+    settings = with_vocabulary(settings)
     backend = Backend.resolve(settings)
     config.validate(settings, backend.world_size)
     run_dir = Path(settings.run.dir)
@@ -90,7 +90,7 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
     dist.destroy_process_group()
 
 
-def _with_vocabulary(settings: Config) -> Config:
+def with_vocabulary(settings: Config) -> Config:
     """The settings with the vocabulary sizes that were left to the manifest of the first dataset."""
     manifest = Manifest.read(settings.data.train[0].prefix) if settings.data.train else None
     text, image = (manifest.text, manifest.image) if manifest else (None, None)

@@ -91,6 +91,8 @@ def test_wrong_files_are_one_error(tmp_path):
 def test_a_folder_has_its_name_when_it_is_complete(tmp_path):
     with pending_folder(tmp_path / "x") as pending:
         (pending / "a").write_text("1")
+        (pending / "sub").mkdir()
+        (pending / "sub" / "b").write_text("2")
         assert not (tmp_path / "x").exists()
     assert (tmp_path / "x" / "a").read_text() == "1"
     with pytest.raises(KeyError), pending_folder(tmp_path / "y") as pending:

@@ -10,8 +10,9 @@ captions are pure functions of the step, and training draws no random numbers.
 """
 
 from megat2i.checkpoint.agreement import CheckpointError
+from megat2i.checkpoint.changing import write_changed
 from megat2i.checkpoint.folder import Checkpoint, committed, open_checkpoint, verify
-from megat2i.checkpoint.loading import latest, latest_here, load_engine, load_weights, read_weight, weight_shapes
+from megat2i.checkpoint.loading import latest, latest_here, load_engine, load_weights, read_tensor, weight_shapes
 from megat2i.checkpoint.saving import Saved, finish, save
 
 __all__ = [
@@ -25,8 +26,9 @@ __all__ = [
     "load_engine",
     "load_weights",
     "open_checkpoint",
-    "read_weight",
+    "read_tensor",
     "save",
     "verify",
     "weight_shapes",
+    "write_changed",
 ]

@@ -94,11 +94,11 @@ def weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def read_weight(checkpoint: Checkpoint, name: str) -> Tensor:
-    """The whole float32 master weight of one parameter."""
+def read_tensor(checkpoint: Checkpoint, name: str, kind: str = WEIGHT) -> Tensor:
+    """The whole float32 master weight, or Adam moment, of one parameter."""
     shape = weight_shapes(checkpoint)[name]
     values = torch.empty(shape)
-    fragment = Fragment(name, WEIGHT, Shard.whole(shape), 0, values.view(-1), written=False)
+    fragment = Fragment(name, kind, Shard.whole(shape), 0, values.view(-1), written=False)
     _carry_out(checkpoint, _plan(checkpoint, [fragment]))
     return values
 

@@ -50,6 +50,21 @@ def expand(name: str, table: Tensor, vocab: VocabLayout, rule: str, seed: int, f
     return expanded
 
 
+def extend(
+    name: str, table: Tensor, old: VocabLayout, new: VocabLayout, rule: str | None, seed: int, file: str | None
+) -> Tensor:
+    """The table [new.size, D] of a run whose codebook grew: all ids keep their rows, codes beyond the old ones get new.
+
+    ``rule`` as of ``expand``; None: 0, which is what an optimizer knows of a new row.
+    """
+    first, stop = old.ranges[1][1], new.ranges[1][1]
+    extended = torch.zeros(new.size, table.shape[1])
+    extended[:first] = table[:first]
+    if rule is not None:
+        extended[first:stop] = expand(name, table[: old.text_tokens], new, rule, seed, file)[first:stop]
+    return extended
+
+
 def require_file(path: str, names: list[str], vocab: VocabLayout, hidden: int) -> None:
     """Raises DataFileError where ``path`` does not hold image rows for each of the tables ``names``."""
     specs = WeightFiles(path).specs

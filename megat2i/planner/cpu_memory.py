@@ -41,18 +41,18 @@ def layer_kept(job: Job, layout: Layout, size: int) -> float:
     shape, t, s = job.shape, layout.tensor, layout.tensor if layout.sequence else 1
     if layout.recompute != "none":
         return layer_bytes(shape, layout) * size / BF16
-    query = cost.attention_width(shape) / t
-    # inputs and outputs of both norms; query, key and value; gate, up, silu and their product, or of GELU both sides
-    widths = 4 * shape.hidden / s + cost.joined_width(shape) / t + 2 * up_width(shape) / t
-    # query and key normed or rotated; attention's output, and with rotary positions its copy in the order of tokens
-    copies = 4 if shape.positions != "none" else 3 if shape.qk_norm else 1
-    kept = size * (widths + copies * query) + 4 * (4 / s + shape.heads / t)  # with statistics of norms and attention
+    query, joined = cost.attention_width(shape) / t, cost.joined_width(shape) / t
+    if size == 2:  # copies for matrix products, of their result too; the probabilities; the projection if it is normed
+        attention = 4 * query + (joined if shape.qk_norm else 0) + job.sequence_length * shape.heads / t
+    else:  # query and key normed or rotated; attention's result, and its copy in the order of tokens; its log-sum-exp
+        copies = 4 if shape.positions != "none" else 3 if shape.qk_norm else 1
+        attention = joined + copies * query + shape.heads / t
+    # inputs and outputs of both norms and their statistics; gate, up, silu and their product, or of GELU both sides
+    kept = size * (attention + 4 * shape.hidden / s + 4 / s + 2 * up_width(shape) / t)
     if shape.qk_norm and t > 1:  # over all ranks' heads, in plain float32 operations
         kept += 3 * 4 * 2 * query
     if shape.norm == "rms_norm":  # the input in float32 and its normalised form
         kept += 2 * shape.hidden * (4 + (2 if size == 2 else 0)) / s
-    if size == 2:  # attention by matrix products keeps its probabilities
-        kept += 2 * job.sequence_length * shape.heads / t
     return kept
 
 

@@ -8,6 +8,7 @@ from megat2i.planner.published import POINTS
 from megat2i.planner.ranking import GB, Planned
 
 BEST = 8  # layouts in the table, one for each pair of tensor and pipeline ranks
+BROKEN = 7  # shares of the step on the first line
 
 
 def report(planned: list[Planned]) -> str:
@@ -53,7 +54,7 @@ def _detail(p: Planned) -> list[str]:
         f"best: {p.layout.describe()}",
         f"  memory, GB of {p.gpu.memory / GB:.0f}: {', '.join(parts)}",
         f"  step of {p.time.seconds:.2f} s, micro-batches: {p.layout.micro_batches(p.job)}",
-        f"    {', '.join(shares)}",
+        *(f"    {', '.join(line)}" for line in (shares[:BROKEN], shares[BROKEN:]) if line),
         f"  sent by a GPU in a step, GB: {', '.join(sent) or 'nothing'}",
     ]
 

@@ -38,5 +38,22 @@ def block_model(shape: ModelConfig, recompute: str = "none", apart: bool = False
 
 
 def forward(model: GPT) -> Tensor:
+    """What leaves the last layer for BATCH rows of LENGTH tokens."""
     (stage,) = model.stages
-    return model.run_stage(stage, torch.empty(BATCH, LENGTH, dtype=torch.long, device="meta"), None)
+    return model.run_stage(stage, torch.zeros(BATCH, LENGTH, dtype=torch.long, device=model.device), None)
+
+
+def saved_bytes(model: GPT) -> int:
+    """Bytes that autograd keeps after a forward pass, the weights excepted."""
+    kept, alive = {}, []  # these so that no address is used twice
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        if not forward(model).requires_grad:
+            raise AssertionError("nothing is differentiated")
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    return sum(size for storage, size in kept.items() if storage not in weights)

@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 import pytest
-import torch
-from meta_block import BATCH, CHANGES, SHAPE, TOKENS, block_model, forward
+from meta_block import BATCH, CHANGES, SHAPE, TOKENS, block_model, saved_bytes
 
 from megat2i.config import ModelConfig
 from megat2i.pipeline_order import BACKWARD, FORWARD, WEIGHTS, peak_in_flight, training_order
@@ -15,24 +14,8 @@ from megat2i.planner.memory import Memory, copies_bytes, head_bytes, layer_bytes
 JOB = Job(ModelConfig(), 66_816, 66_668, 1152, 896)
 
 
-def kept_bytes(shape: ModelConfig, recompute: str, apart: bool = False) -> int:
-    """Bytes that autograd keeps after a forward pass of the real layers in bfloat16, the weights excepted."""
-    model, kept = block_model(shape, recompute, apart), {}
-    alive = []  # so that no address is used twice
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        assert forward(model).requires_grad
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    return sum(size for storage, size in kept.items() if storage not in weights)
-
-
 def layer_kept(shape: ModelConfig, recompute: str, apart: bool = False) -> int:
-    one, two = (kept_bytes(replace(shape, layers=layers), recompute, apart) for layers in (1, 2))
+    one, two = (saved_bytes(block_model(replace(shape, layers=layers), recompute, apart)) for layers in (1, 2))
     return two - one
 
 

@@ -1,15 +1,20 @@
 """tools/convert_checkpoint.py as it is called: from open_lm to a run, from a run to transformers."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 
+from megat2i import checkpoint
+from megat2i.config import DatasetConfig, to_yaml
 from megat2i.kernels import choose_ops
 from megat2i.model import open_lm, pretrained, weights
+from megat2i.optim.engine import KINDS
 
 LLAMA = ["model.norm=rms_norm", "model.positions=rotary", "model.qk_norm=true", "model.qk_norm_per_head=true",
          "model.kv_heads=2"]  # fmt: skip
@@ -121,3 +126,47 @@ def test_open_lm_with_the_shape_of_llama_is_exported(convert, tmp_path):
     with torch.no_grad():
         expected = open_lm.load(tmp_path / "x.pt", params).logits(tokens)
         assert (theirs(tokens).logits - expected).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["mean", "random"])
+def test_a_run_goes_on_with_more_image_codes(convert, pretrain, run_config, tiny_store, tmp_path, rule):
+    """Weights by the rule, Adam's moments 0 for the new rows, everything else bit for bit, in training as before."""
+    process = pretrain(tmp_path / "run", "training.stop_at=3")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    before = run_config(tmp_path / "more")
+    for suffix in (".bin", ".idx"):  # without the manifest, which knows of 40 codes
+        shutil.copy(tiny_store / f"train{suffix}", tmp_path / f"data{suffix}")
+    before = replace(before, data=replace(before.data, train=[DatasetConfig(str(tmp_path / "data"))], valid=None))
+    settings = replace(
+        before, vocab=replace(before.vocab, image_codes=300), model=replace(before.model, expansion=rule)
+    )
+    (tmp_path / "more.yaml").write_text(to_yaml(settings))
+    arguments = ("--from", "run", tmp_path / "run", tmp_path / "more", "--to", "run", "--config")
+    code, _, err = convert(*arguments, tmp_path / "more.yaml")
+    assert code == 0, err
+    old, new = (checkpoint.latest_here(tmp_path / run / "checkpoints") for run in ("run", "more"))
+    first, layout = before.vocab_layout.ranges[1][1], settings.vocab_layout
+    assert new.step == 3 and new.manifest["optimizer_updates"] == 3
+    for name, shape in checkpoint.weight_shapes(old).items():
+        for kind in KINDS:
+            was, now = checkpoint.read_tensor(old, name, kind), checkpoint.read_tensor(new, name, kind)
+            if name not in weights.TABLES:
+                assert torch.equal(was, now), (name, kind)
+                continue
+            assert now.shape == (layout.size, shape[1])
+            assert torch.equal(now[:first], was[:first]), (name, kind)
+            added = now[first : layout.ranges[1][1]]
+            assert added.any(dim=1).all() if kind == "weight" else not added.any()
+            if kind == "weight" and rule == "mean":
+                torch.testing.assert_close(added, was[: layout.text_tokens].mean(0).expand_as(added))
+    process = pretrain(tmp_path / "more", "--resume", "vocab.image_codes=300", f"model.expansion={rule}",
+                       f"data.train=[{{prefix: {tmp_path / 'data'}}}]", "data.valid=null")  # fmt: skip
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    steps = [json.loads(line)["step"] for line in (tmp_path / "more" / "metrics.jsonl").read_text().splitlines()]
+    assert min(steps) == 4
+    (tmp_path / "fewer.yaml").write_text(to_yaml(replace(before, vocab=replace(before.vocab, image_codes=39))))
+    code, _, err = convert(*arguments[:3], tmp_path / "fewer", *arguments[4:], tmp_path / "fewer.yaml")
+    assert code != 0 and "can only get more image codes" in err and not (tmp_path / "fewer").exists()
