@@ -159,8 +159,11 @@ def random_batch(settings: Config) -> Batch:
 
 def return_freed_memory() -> None:
     """Tell glibc's malloc to take large blocks from the kernel and to give every one of them back."""
-    libc, m_trim_threshold, m_mmap_threshold = ctypes.CDLL(None), -1, -3  # malloc.h
-    if not (libc.mallopt(m_mmap_threshold, 64 << 10) and libc.mallopt(m_trim_threshold, 0)):
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_top_pad, m_mmap_threshold, m_mmap_max = -1, -2, -3, -4  # malloc.h
+    # the last two undo what a run's start asks for (runtime.py), should it have happened in this process before
+    wanted = ((m_mmap_threshold, 64 << 10), (m_trim_threshold, 0), (m_mmap_max, 1 << 16), (m_top_pad, 0))
+    if not all(libc.mallopt(option, value) for option, value in wanted):
         raise RuntimeError("this C library does not let its allocator be told to return memory")
     libc.malloc_trim(0)
 

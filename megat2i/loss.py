@@ -16,6 +16,8 @@ from megat2i.vocab import MODALITIES
 
 def count_tokens(modalities: list[Tensor]) -> Tensor:
     """Positions of each modality [3] int64 in tensors of modality codes (-1: ignored)."""
+    if not modalities:
+        return torch.zeros(len(MODALITIES), dtype=torch.int64)
     codes = torch.cat([modality.flatten() for modality in modalities]).long()
     return torch.bincount(codes + 1, minlength=len(MODALITIES) + 1)[1:].cpu()
 

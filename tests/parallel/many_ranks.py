@@ -36,14 +36,14 @@ from megat2i.vocab import IGNORE
 STEPS, ROWS = 2, 64
 
 
-def narrow(parallel: ParallelConfig) -> Config:
+def narrow(parallel: ParallelConfig, layers: int) -> Config:
     """``parallel`` around a model that takes no time: the layout, the schedule and the number of ranks are real."""
     rows = ROWS * parallel.tensor * parallel.pipeline // dist.get_world_size()  # of one data-parallel rank
     micro_batch = max(1, rows // (2 * parallel.pipeline))
     return Config(
         vocab=VocabConfig(text_tokens=505, image_codes=250),
         data=DataConfig(sequence_length=16),
-        model=ModelConfig(hidden=64, layers=8, heads=8, ffn=64, qk_norm=True, positions="rotary"),
+        model=ModelConfig(hidden=64, layers=layers, heads=8, ffn=64, qk_norm=True, positions="rotary"),
         training=TrainingConfig(global_batch_size=ROWS, micro_batch_size=micro_batch),
         parallel=parallel,
         runtime=RuntimeConfig(device="cpu", dtype="float32"),
@@ -84,13 +84,13 @@ def train(settings: Config) -> list[tuple[float, float]]:
     return results
 
 
-def rank_main(rank: int, ranks: int, store: str, layouts: list[ParallelConfig], writer) -> None:
+def rank_main(rank: int, ranks: int, store: str, layouts: list[ParallelConfig], layers: int, writer) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
     results = []
     for parallel in layouts:
         started = time.monotonic()
-        steps = train(narrow(parallel))
+        steps = train(narrow(parallel, layers))
         results.append({"steps": steps, "seconds": time.monotonic() - started})
     memory = [line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("Pss:")]
     writer.send_bytes(json.dumps({"layouts": results, "pss_kb": int(memory[0].split()[1])}).encode())
@@ -98,13 +98,13 @@ def rank_main(rank: int, ranks: int, store: str, layouts: list[ParallelConfig], 
     dist.destroy_process_group()
 
 
-def launch(ranks: int, layouts: list[ParallelConfig]) -> list[dict]:
+def launch(ranks: int, layouts: list[ParallelConfig], layers: int) -> list[dict]:
     """What every rank reports."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
         processes = [
-            context.Process(target=rank_main, args=(rank, ranks, f"{folder}/store", layouts, pipes[rank][1]))
+            context.Process(target=rank_main, args=(rank, ranks, f"{folder}/store", layouts, layers, pipes[rank][1]))
             for rank in range(ranks)
         ]
         for process, (_, writer) in zip(processes, pipes, strict=True):
@@ -122,8 +122,9 @@ def main() -> None:
     ranks, files = int(sys.argv[1]), sys.argv[2:]
     layouts = [config.load(file).parallel for file in files]
     started = time.monotonic()
-    (alone,) = launch(1, [ParallelConfig()])
-    reports = launch(ranks, layouts)
+    layers = max(layout.pipeline * layout.virtual_stages for layout in layouts)  # a layer for every stage
+    (alone,) = launch(1, [ParallelConfig()], layers)
+    reports = launch(ranks, layouts, layers)
     results = {
         Path(file).stem: {
             "steps": [report["layouts"][number]["steps"] for report in reports],
