@@ -39,7 +39,7 @@ STEPS, ROWS = 2, 64
 def narrow(parallel: ParallelConfig, layers: int) -> Config:
     """``parallel`` around a model that takes no time: the layout, the schedule and the number of ranks are real."""
     rows = ROWS * parallel.tensor * parallel.pipeline // dist.get_world_size()  # of one data-parallel rank
-    micro_batch = max(1, rows // (2 * parallel.pipeline))
+    micro_batch = max(1, rows // parallel.pipeline)
     return Config(
         vocab=VocabConfig(text_tokens=505, image_codes=250),
         data=DataConfig(sequence_length=16),
