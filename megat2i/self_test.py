@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megat2i import config
-from megat2i.config import Config, ModelConfig, VocabConfig
+from megat2i.config import Config, VocabConfig
 from megat2i.data.batches import Batch
 from megat2i.kernels import choose_ops
 from megat2i.loss import ModalityLoss, count_tokens
@@ -81,19 +81,15 @@ def tiny_settings(settings: Config, groups: ParallelGroups) -> Config:
     batch = ROWS * groups.data_size * 2 * groups.pipeline_size
     return replace(
         settings,
-        model=ModelConfig(
+        model=replace(  # everything but the sizes is the run's, so that a new kind of layer is tested too
+            model,
             hidden=8 * heads,
             layers=stages + 1,
             heads=heads,
             ffn=8 * heads,
             kv_heads=tensor if grouped else None,
-            feed_forward=model.feed_forward,
-            norm=model.norm,
-            qk_norm=model.qk_norm,
-            qk_norm_per_head=model.qk_norm_per_head,
-            embedding_norm=model.embedding_norm,
-            tied_embeddings=model.tied_embeddings,
-            positions=model.positions,
+            head_width=None,
+            pretrained=None,
         ),
         vocab=VocabConfig(text_tokens=249, image_codes=256),
         data=replace(settings.data, sequence_length=length),

@@ -4,7 +4,7 @@ PYTHON="${PYTHON:-python3}"
 missing=""
 add() { missing="${missing:+$missing, }$1"; }
 
-[ "$(uname -s)" = Linux ] || add "Linux (DeepSpeed's launcher and CPU op, and the tests' Triton, need it)"
+[ "$(uname -s)" = Linux ] || add "Linux (DeepSpeed's launcher and the tests' Triton need it)"
 if ! command -v "$PYTHON" >/dev/null 2>&1; then
     add "Python 3.11 or newer (no '$PYTHON' found; name another with make PYTHON=...)"
 elif ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
@@ -15,7 +15,7 @@ else
     [ -e "$include/Python.h" ] || add "Python's headers (Debian: apt install python3-dev)"
 fi
 command -v "${CXX:-c++}" >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 ||
-    add "a C++ compiler for DeepSpeed's CPU op (Debian: apt install g++)"
+    add "a C++ compiler for torch.compile in the benchmarks (Debian: apt install g++)"
 
 if [ -n "$missing" ]; then
     echo "This machine lacks: $missing." >&2
