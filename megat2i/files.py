@@ -105,3 +105,10 @@ def pending_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write one file, which has its name only once it is complete and on the disk."""
+    file = PendingFile(path)
+    file.write(content)
+    commit([file])

@@ -19,7 +19,7 @@ from megat2i.config import Config, ConfigError
 from megat2i.data.images import to_tensor
 from megat2i.data.openmoji import Drawing, captioned_images, render
 from megat2i.evaluate.retrieval import pixel_space, quality
-from megat2i.files import DataFileError, PendingFile, commit
+from megat2i.files import DataFileError, PendingFile, commit, write_file
 from megat2i.generate import Sampler
 from megat2i.pictures import save_png, sheet
 
@@ -46,7 +46,7 @@ def main() -> None:
     for name, chosen, generated in (("seen", seen, images[: len(seen)]), ("unseen", unseen, images[len(seen) :])):
         result[name] = quality(generated, pictures(chosen, size))
         print(f"{name}: nearest to its own true picture among 10: {rates(result[name])}")
-    write_text(folder / "quality.json", json.dumps(result, indent=1) + "\n")
+    write_file(folder / "quality.json", (json.dumps(result, indent=1) + "\n").encode())
     show(folder, settings, seen, unseen, images, size)
 
 
@@ -130,12 +130,6 @@ def smoothed(values) -> list[float]:
         weight = SMOOTHING * weight + (1 - SMOOTHING)
         result.append(average / weight)
     return result
-
-
-def write_text(path: Path, text: str) -> None:
-    file = PendingFile(path)
-    file.write(text.encode())
-    commit([file])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megat2i import config
 from megat2i.config import ConfigError
-from megat2i.files import PendingFile, commit
+from megat2i.files import write_file
 from megat2i.planner.hardware import GPUS
 from megat2i.planner.layout import Job
 from megat2i.planner.ranking import plan
@@ -40,11 +40,12 @@ def main() -> None:
     text = report(planned)
     print(text, end="")
     if arguments.json:
-        write(arguments.json, json.dumps({"layouts": [p.as_dict() for p in planned]}, indent=1) + "\n")
+        content = json.dumps({"layouts": [p.as_dict() for p in planned]}, indent=1) + "\n"
+        write_file(arguments.json, content.encode())
     if arguments.write:
         machine = f"--gpus {arguments.gpus} --gpu {arguments.gpu}"
         command = f"python tools/plan.py --config configs/{arguments.config.name} {machine}"
-        write(arguments.config, with_comment(arguments.config.read_text(), f"{command}\n\n{text}"))
+        write_file(arguments.config, with_comment(arguments.config.read_text(), f"{command}\n\n{text}").encode())
 
 
 def with_comment(yaml: str, text: str) -> str:
@@ -56,12 +57,6 @@ def with_comment(yaml: str, text: str) -> str:
     lines = yaml.splitlines(keepends=True)
     first = next(number for number, line in enumerate(lines) if line.strip() and not line.startswith("#"))
     return "".join(lines[:first]) + comment + "\n" + "".join(lines[first:])
-
-
-def write(path: Path, text: str) -> None:
-    file = PendingFile(path)
-    file.write(text.encode())
-    commit([file])
 
 
 if __name__ == "__main__":
