@@ -99,8 +99,11 @@ def layout_of(settings: Config) -> Layout:
 
 
 def measure(settings: Config) -> list[int]:
-    """Two steps under ``settings``'s layout, in forked processes; bytes at each rank's peak."""
-    context, size = multiprocessing.get_context("fork"), settings.parallel.tensor * settings.parallel.pipeline
+    """Two steps under ``settings``'s layout; bytes at each rank's peak.
+
+    In fresh processes: a forked one would have freed memory of its parent's to use again, without growing.
+    """
+    context, size = multiprocessing.get_context("spawn"), settings.parallel.tensor * settings.parallel.pipeline
     with tempfile.TemporaryDirectory() as folder:
         ranks = [context.Process(target=run_rank, args=(settings, rank, size, Path(folder))) for rank in range(size)]
         for process in ranks:
@@ -160,9 +163,8 @@ def random_batch(settings: Config) -> Batch:
 def return_freed_memory() -> None:
     """Tell glibc's malloc to take large blocks from the kernel and to give every one of them back."""
     libc = ctypes.CDLL(None)
-    m_trim_threshold, m_top_pad, m_mmap_threshold, m_mmap_max = -1, -2, -3, -4  # malloc.h
-    # the last two undo what a run's start asks for (runtime.py), should it have happened in this process before
-    wanted = ((m_mmap_threshold, 64 << 10), (m_trim_threshold, 0), (m_mmap_max, 1 << 16), (m_top_pad, 0))
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    wanted = ((m_mmap_threshold, 64 << 10), (m_trim_threshold, 0))
     if not all(libc.mallopt(option, value) for option, value in wanted):
         raise RuntimeError("this C library does not let its allocator be told to return memory")
     libc.malloc_trim(0)

@@ -1,6 +1,6 @@
 """The CPU's memory model: what autograd keeps, and the resident memory of real training processes."""
 
-import importlib.util
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -20,10 +20,9 @@ from megat2i.runtime import DTYPES
 
 @pytest.fixture(scope="module")
 def benchmark(repository):
-    spec = importlib.util.spec_from_file_location("bench_memory", repository / "benchmarks/bench_memory.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:  # on the path, so that the processes it spawns find it too
+        patch.syspath_prepend(repository / "benchmarks")
+        yield importlib.import_module("bench_memory")
 
 
 @pytest.fixture(scope="module")
