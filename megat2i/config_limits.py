@@ -8,6 +8,13 @@ CHOICES = {
     "model.norm": ("layer_norm", "layer_norm_gain_only", "layer_norm_no_gain", "rms_norm"),
     "model.positions": ("none", "rotary", "rotary_interleaved"),
     "model.expansion": ("random", "mean", "gaussian", "file"),
+    "training.trainable": (
+        "all",
+        "embeddings",
+        "embeddings_norms",
+        "embeddings_norms_first_half",
+        "embeddings_norms_feed_forward",
+    ),
     "optimizer.engine": (None, "deepspeed", "torch"),
     "optimizer.reduce_dtype": ("float32", "bfloat16"),
     "parallel.schedule": ("1f1b", "interleaved", "zero_bubble"),

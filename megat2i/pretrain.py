@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from megat2i import checkpoint, config, run_folder
+from megat2i import checkpoint, config_rules, run_folder
 from megat2i.config import Config
 from megat2i.data.manifest import Manifest
 from megat2i.generate import Sampler
@@ -39,7 +39,7 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
     """Train to the end of the schedule or to ``training.stop_at``; collective over all ranks of the launch."""
     settings = with_vocabulary(settings)
     backend = Backend.resolve(settings)
-    config.validate(settings, backend.world_size)
+    config_rules.validate(settings, backend.world_size)
     run_dir = Path(settings.run.dir)
     run_folder.check(run_dir, settings, resume)
     if settings.model.pretrained and not checkpoint.committed(run_dir / "checkpoints"):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megat2i import config
-from megat2i.config import ConfigError, DatasetConfig, load, to_yaml, validate
+from megat2i.config import ConfigError, DatasetConfig, load, to_yaml
+from megat2i.config_rules import validate
 from megat2i.config_identity import EXECUTION_FIELDS, changed_identity
 
 REPOSITORY_CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("**/*.y*ml"))

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from distributed import RankError, run_ranks
 
-from megat2i.config import ConfigError, ModelConfig, ParallelConfig, validate
+from megat2i.config import ConfigError, ModelConfig, ParallelConfig
+from megat2i.config_rules import validate
 from megat2i.kernels import choose_ops
 from megat2i.model import layers
 from megat2i.model.gpt import GPT

@@ -1,4 +1,4 @@
-"""Candidates: every sensible layout, and none that config.validate would refuse."""
+"""Candidates: every sensible layout, and none that config_rules.validate would refuse."""
 
 from dataclasses import replace
 
@@ -13,8 +13,8 @@ from megat2i.config import (
     ParallelConfig,
     TrainingConfig,
     VocabConfig,
-    validate,
 )
+from megat2i.config_rules import validate
 from megat2i.planner.layout import Job, Layout, candidates, rank_stages
 from megat2i.planner.speed import rank_parameters
 
