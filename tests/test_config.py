@@ -8,8 +8,8 @@ import pytest
 
 from megat2i import config
 from megat2i.config import ConfigError, DatasetConfig, load, to_yaml
-from megat2i.config_rules import validate
 from megat2i.config_identity import EXECUTION_FIELDS, changed_identity
+from megat2i.config_rules import validate
 
 REPOSITORY_CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("**/*.y*ml"))
 WORLD_SIZES = {"openmoji_demo": 1}  # all others: 64

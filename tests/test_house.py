@@ -11,7 +11,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     {"kernels"},
-    {"config", "config_identity", "config_limits", "config_rules", "files", "vocab", "runtime", "topology", "weights_file"},
+    {
+        "config",
+        "config_identity",
+        "config_limits",
+        "config_rules",
+        "files",
+        "vocab",
+        "runtime",
+        "topology",
+        "weights_file",
+    },  # fmt: skip
     {"parallel", "data", "tokenizers"},
     {"model", "loss"},
     {"optim", "pipeline", "pipeline_order", "checkpoint"},
