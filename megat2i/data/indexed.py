@@ -194,13 +194,17 @@ class IndexedWriter:
         finally:
             self._file.discard()
 
-    def add_document(self, sequences: Sequence[np.ndarray], modes: Sequence[int]) -> None:
+    def add_document(self, sequences: Sequence[np.ndarray], modes: Sequence[int] | None) -> None:
         """Append one document: integer arrays of one dimension, and the mode (0 text, 1 image) of each.
 
-        Raises DataFileError, with nothing of the document written, where an id does not fit the dtype or a mode is
-        neither 0 nor 1.
+        ``modes`` of None, for every document: a store of plain text, which has no modes. Raises DataFileError, with
+        nothing of the document written, where an id does not fit the dtype or a mode is neither 0 nor 1.
         """
-        if len(sequences) != len(modes) or not all(mode in (0, 1) for mode in modes):
+        if modes is None and not self._modes:
+            modes = ()
+        elif modes is None or len(self._modes) != len(self._lengths):
+            self._refuse("some documents have modes and some have none", "Give modes for all or for none")
+        elif len(sequences) != len(modes) or not all(mode in (0, 1) for mode in modes):
             self._refuse(f"{len(sequences)} sequences with modes {list(modes)}", "Give each sequence mode 0 or 1")
         arrays = [self._checked(sequence) for sequence in sequences]
         for tokens in arrays:

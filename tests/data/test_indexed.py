@@ -85,6 +85,20 @@ def test_store_without_modes_and_empty_store(tmp_path):
     assert len(empty) == 0 and empty.number_of_documents == 0 and empty.tokens.size == 0
 
 
+def test_plain_text_is_written_without_modes(tmp_path):
+    with IndexedWriter(tmp_path / "text", np.uint16) as writer:
+        writer.add_document([np.arange(5)], None)
+        writer.add_document([np.arange(3)], None)
+        with pytest.raises(DataFileError, match="some documents have modes and some have none"):
+            writer.add_document([np.arange(3)], [0])
+    store = IndexedDataset(tmp_path / "text")
+    assert store.modes is None and store.tokens.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    with IndexedWriter(tmp_path / "pairs", np.uint16) as writer:
+        writer.add_document([np.arange(5)], [0])
+        with pytest.raises(DataFileError, match="some documents have modes and some have none"):
+            writer.add_document([np.arange(3)], None)
+
+
 def test_sequence_outlives_the_store(store, pairs):
     opened = IndexedDataset(store)
     sequence, view = opened.sequence(1), opened.view(1)
