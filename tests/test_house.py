@@ -25,8 +25,8 @@ FLOORS = (
     {"parallel", "data", "tokenizers"},
     {"model", "loss"},
     {"optim", "pipeline", "pipeline_order", "checkpoint"},
-    {"trainer", "metrics", "generate", "evaluate", "experiments", "pictures", "self_test"},
-    {"pretrain", "run_folder", "planner", "pretrain_t2i", "tools"},
+    {"trainer", "metrics", "generate", "evaluate", "pictures", "self_test"},
+    {"pretrain", "run_folder", "planner", "experiments", "pretrain_t2i", "tools"},
 )
 PRODUCT = sorted(
     [

@@ -1,0 +1,165 @@
+"""The runs of the paper's experiments (Zhang et al., EMNLP 2024): settings on top of one shared configuration.
+
+A run differs from the shared configuration of its scale by what its experiment asks for and by nothing else. Names are
+those of the run folders; ``EXPERIMENTS`` says which runs a figure or table is made from.
+"""
+
+from dataclasses import dataclass, field
+
+LANGUAGE_MODEL = "language-model"
+ALIGNMENT = "alignment"
+POLICIES = (
+    "embeddings",
+    "embeddings_norms",
+    "embeddings_norms_first_half",
+    "embeddings_norms_feed_forward",
+)  # section 3.1, Fig. 6: what is tuned, from little to more
+PRETRAINED = "model.pretrained={pretrained}"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training run: ``settings`` are overrides, in which {pretrained} and {aligned} stand for files made before it.
+
+    ``share``: its length as a share of the scale's text-to-image run.
+    """
+
+    name: str
+    settings: tuple[str, ...]
+    share: float = 1.0
+    tool: str = "pretrain_t2i.py"
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the experiments are. ``seeds`` of the twins; ``sweep_lr`` and ``sweep_batch``: section 2.1.
+
+    ``text_settings``: of the run that pre-trains the language model; None where its weights are a user's file.
+    ``image_share`` and ``sweep_share``: lengths of the runs of Fig. 6 and of the sweep.
+    """
+
+    name: str
+    config: str
+    steps: int
+    batch: int
+    peak_lr: float
+    seeds: tuple[int, ...] = (0,)
+    text_settings: tuple[str, ...] | None = None
+    sweep_lr: tuple[float, ...] = ()
+    sweep_batch: tuple[int, ...] = ()
+    image_share: float = 1.0
+    sweep_share: float = 1.0
+    settings: tuple[str, ...] = field(default=())
+
+
+PAPER = Scale(
+    name="paper",
+    config="configs/open_lm_1b_t2i.yaml",
+    steps=96_882,  # 100B tokens
+    batch=896,  # 1M tokens
+    peak_lr=3e-4,
+    sweep_lr=(5e-5, 1e-4, 3e-4),
+    sweep_batch=(448, 896, 1792),  # 0.5M to 2M tokens
+    sweep_share=0.05,
+)
+NANO = Scale(
+    name="nano",
+    config="configs/paper/nano.yaml",
+    steps=2000,
+    batch=32,
+    peak_lr=2e-3,
+    seeds=(0, 1, 2),
+    text_settings=("training.steps=5000", "training.warmup_steps=200", "training.evaluate_every=500"),
+    sweep_lr=(3.3e-4, 6.7e-4, 2e-3),  # the paper's range, times the ratio of the peaks
+    sweep_batch=(16, 32, 64),
+    image_share=0.6,
+    sweep_share=0.3,
+)
+SMOKE = Scale(
+    name="smoke",
+    config="configs/paper/nano.yaml",
+    steps=10,
+    batch=4,
+    peak_lr=2e-3,
+    text_settings=("training.steps=10",),
+    sweep_lr=(3.3e-4, 2e-3),
+    sweep_batch=(4, 8),
+    settings=(
+        "vocab.text_tokens=512", "vocab.image_codes=64", "model.hidden=32", "model.layers=4", "model.heads=2",
+        "model.ffn=64", "data.sequence_length=128", "training.micro_batch_size=4", "training.global_batch_size=4",
+        "training.warmup_steps=2", "training.evaluate_every=5", "training.evaluate_samples=8",
+        "training.checkpoint_every=5",
+    ),
+)  # fmt: skip
+SCALES = {scale.name: scale for scale in (PAPER, NANO, SMOKE)}
+
+
+def twins(scale: Scale) -> list[Arm]:
+    """Section 2.2: pre-trained and random models that see the same data in the same order, and share all else."""
+    return [
+        Arm(f"{start}-{seed}", (f"data.seed={seed}", f"model.seed={seed}", *settings), needs=needs)
+        for seed in scale.seeds
+        for start, settings, needs in (("pretrained", (PRETRAINED,), (LANGUAGE_MODEL,)), ("random", (), ()))
+    ]
+
+
+def image_only(scale: Scale) -> list[Arm]:
+    """Section 3.1: unconditional image generation, wholly tuned from either start and selectively tuned."""
+    common = ("data.mode=image_only", "data.valid_text=null")
+    arms = [Arm("image-random", common, scale.image_share)]
+    for policy in ("all", *POLICIES):
+        name = "image-pretrained" if policy == "all" else f"image-{policy.replace('_', '-')}"
+        settings = (*common, PRETRAINED, f"training.trainable={policy}")
+        arms.append(Arm(name, settings, scale.image_share, needs=(LANGUAGE_MODEL,)))
+    return arms
+
+
+def aligned(scale: Scale) -> list[Arm]:
+    """Section 3.2: contrastive alignment of image embeddings, and training that begins with them."""
+    expansion = (PRETRAINED, "model.expansion=file", "model.expansion_file={aligned}", f"data.seed={scale.seeds[0]}")
+    return [
+        Arm(
+            ALIGNMENT,
+            (PRETRAINED, "runtime.dtype=float32", "optimizer.engine=torch"),
+            tool="tools/align_embeddings.py",
+            needs=(LANGUAGE_MODEL,),
+        ),
+        Arm(f"aligned-{scale.seeds[0]}", expansion, needs=(LANGUAGE_MODEL, ALIGNMENT)),
+    ]
+
+
+def sweep(scale: Scale) -> list[Arm]:
+    """Section 2.1: learning rates at the usual batch, then batches at the usual peak, over the same tokens."""
+    points = [(lr, scale.batch) for lr in scale.sweep_lr]
+    points += [(scale.peak_lr, batch) for batch in scale.sweep_batch if (scale.peak_lr, batch) not in points]
+    return [
+        Arm(
+            f"sweep-lr{lr:g}-batch{batch}",
+            (f"optimizer.lr={lr:g}", f"optimizer.min_lr={lr / 10:g}", f"training.global_batch_size={batch}"),
+            scale.sweep_share * scale.batch / batch,
+        )
+        for lr, batch in points
+    ]
+
+
+EXPERIMENTS = {  # what is made -> the runs it is made from
+    "fig3": twins,
+    "fig4": twins,
+    "table1": twins,
+    "fig5": twins,
+    "fig6": image_only,
+    "fig7": lambda scale: twins(scale)[:2] + aligned(scale),
+    "sweep": sweep,
+}
+
+
+def arms_of(scale: Scale, experiments: list[str]) -> list[Arm]:
+    """The runs that ``experiments`` need, each once, and the language model's first where this scale trains one."""
+    chosen = {arm.name: arm for experiment in experiments for arm in EXPERIMENTS[experiment](scale)}
+    arms = list(chosen.values())
+    if scale.text_settings is None:
+        return arms
+    needed = any(LANGUAGE_MODEL in arm.needs for arm in arms) or "table1" in experiments
+    text = Arm(LANGUAGE_MODEL, ("data.mode=text_only", *scale.text_settings))
+    return [text, *arms] if needed else arms

@@ -1,0 +1,128 @@
+"""Jobs of commands that need each other: run side by side, shown in one progress view, gone on with after any stop."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megat2i.files import write_file
+
+LAST_LINES = 12  # of a failed job's log in the error
+POLL_S = 0.2
+
+
+class JobError(RuntimeError):
+    """A job that failed, or was done with other commands; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """``command`` makes ``output``, a folder or file.
+
+    ``steps``: of a training run, whose folder ``output`` is: it resumes where it was. Any other output is removed
+    before the command starts, since a stopped one may have left a part of it.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    output: Path
+    needs: tuple[str, ...] = ()
+    steps: int = 0
+
+    def resumed_command(self) -> tuple[str, ...]:
+        return (*self.command, "--resume") if self.steps and (self.output / "config.yaml").exists() else self.command
+
+    def steps_done(self) -> int:
+        """Steps that the run's record has; 0 for a job that is no training run."""
+        record = self.output / "metrics.jsonl"
+        if not self.steps or not record.exists():
+            return 0
+        with open(record, "rb") as file:
+            file.seek(max(0, record.stat().st_size - 4096))
+            lines = file.read().split(b"\n")[:-1]  # what follows the last newline is still being written
+        try:
+            return json.loads(lines[-1])["step"] if lines else 0
+        except (ValueError, KeyError):  # a line longer than what was read
+            return 0
+
+
+def run_jobs(jobs: Sequence[Job], folder: Path, workers: int) -> None:
+    """Run what is not done yet, ``workers`` at a time in the order given; logs and marks of completion in ``folder``.
+
+    Every job gets its share of the cores. Raises JobError, after the jobs under way were stopped.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    done = {job.name for job in jobs if _is_done(job, folder)}
+    waiting = [job for job in jobs if job.name not in done]
+    running: dict[str, tuple[Job, subprocess.Popen]] = {}
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    total = sum(job.steps for job in jobs)
+    interval = 0.5 if sys.stderr.isatty() else 30.0
+    bar = tqdm(total=total, unit="step", mininterval=interval, maxinterval=interval, desc=f"0 of {len(jobs)} jobs")
+    bar.update(sum(job.steps for job in jobs if job.name in done))
+    try:
+        while waiting or running:
+            for job in [job for job in waiting if done.issuperset(job.needs)][: workers - len(running)]:
+                waiting.remove(job)
+                running[job.name] = job, _start(job, folder, environment)
+            time.sleep(POLL_S)
+            for job, process in list(running.values()):
+                if process.poll() is None:
+                    continue
+                del running[job.name]
+                if process.returncode:
+                    raise JobError(_failure(job, process.returncode, folder))
+                write_file(_mark(job, folder), json.dumps({"command": job.command}).encode())
+                done.add(job.name)
+            steps = sum(job.steps if job.name in done else job.steps_done() for job in jobs)
+            bar.set_description(f"{len(done)} of {len(jobs)} jobs", refresh=False)
+            bar.set_postfix_str(", ".join(running), refresh=False)
+            bar.update(steps - bar.n)
+    finally:
+        bar.close()
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.wait()
+
+
+def _start(job: Job, folder: Path, environment: dict) -> subprocess.Popen:
+    if not job.steps and job.output.exists():
+        shutil.rmtree(job.output) if job.output.is_dir() else job.output.unlink()
+    with open(folder / f"{job.name}.log", "ab") as log:
+        command = job.resumed_command()
+        log.write(f"$ {shlex.join(command)}\n".encode())
+        log.flush()
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def _mark(job: Job, folder: Path) -> Path:
+    return folder / f"{job.name}.done.json"
+
+
+def _is_done(job: Job, folder: Path) -> bool:
+    mark = _mark(job, folder)
+    if not mark.exists():
+        return False
+    if json.loads(mark.read_text())["command"] != list(job.command):
+        raise JobError(
+            f"{mark}: {job.name} was done with another command; remove {folder.parent} to begin anew, or give the same "
+            "options as before"
+        )
+    if not job.output.exists():
+        raise JobError(f"{job.output}: made by {job.name} and gone since; remove {mark} to make it again")
+    return True
+
+
+def _failure(job: Job, code: int, folder: Path) -> str:
+    log = folder / f"{job.name}.log"
+    last = "\n  ".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
+    return f"{job.name} ended with exit code {code}; {log} ends with\n  {last}\nThe same command goes on from there."

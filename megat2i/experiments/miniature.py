@@ -1,0 +1,166 @@
+"""The experiments on one machine (scales nano and smoke): their data, and every command as a job.
+
+Real data only: OpenMoji pictures with captions, WordNet as the language model's English.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+from megat2i import config
+from megat2i.data import wordnet
+from megat2i.data.manifest import Manifest, Source
+from megat2i.data.openmoji import captioned_images, render
+from megat2i.data.text_store import write_text_store
+from megat2i.experiments.arms import ALIGNMENT, LANGUAGE_MODEL, Arm, Scale, twins
+from megat2i.experiments.jobs import Job
+from megat2i.files import write_file
+from megat2i.pictures import save_png
+from megat2i.tokenizers.text import load_text_tokenizer, train_text_tokenizer
+
+PROMPTS = Path("configs/paper/prompts.txt")
+IMAGE_SIZE, PATCH_SIZE = 48, 6
+MICRO_BATCH = 32  # sequences, at most
+SMOKE_ENTRIES = 2000  # of WordNet
+DRAWN = {"nano": 2048, "smoke": 16}  # pictures of each twin; fewer make the distance biased
+TEMPERATURE = 1.0  # the distribution itself, which the distance compares
+ALIGNED_PAIRS = {"nano": 1024, "smoke": 8}  # the paper's N
+ALIGNED_STEPS = {"nano": 400, "smoke": 10}
+
+
+class Miniature:
+    """Files and jobs of one reproduction: ``folder`` holds what comes out, ``data`` what goes in."""
+
+    def __init__(self, scale: Scale, folder: Path, data: Path, dtype: str):
+        self.scale, self.folder, self.data, self.dtype = scale, folder, data, dtype
+        self.pretrained = folder / "pretrained"
+        self.tokenizer = data / "text_tokenizer.json"
+
+    def prepare(self) -> None:
+        """Make what is not there yet: corpus, text tokenizer and text stores, and the true pictures of the prompts."""
+        archive = wordnet.download(self.data / "wordnet")
+        if not Manifest.read(self.data / "text_valid"):
+            entries = wordnet.entries(archive)
+            if self.scale.name == "smoke":
+                entries = entries[:: len(entries) // SMOKE_ENTRIES]
+            texts = {"text_train": [], "text_valid": []}
+            for entry in entries:
+                texts["text_valid" if entry.held_out else "text_train"].append(entry.text() + "\n")
+            if not self.tokenizer.exists():
+                train_text_tokenizer(texts["text_train"], self._setting("vocab.text_tokens"), self.tokenizer)
+            tokenizer = load_text_tokenizer(self.tokenizer)
+            for name, lines in texts.items():
+                if not Manifest.read(self.data / name):
+                    source = Source("WordNet 3.0", len(lines), sha256=wordnet.SHA256)
+                    write_text_store(lines, tokenizer, self.data / name, source)
+        self._write_reference()
+
+    def _write_reference(self) -> None:
+        """``reference/``: the true pictures; reference.jsonl and prompts.txt list them in the order of drawing."""
+        chosen = captioned_images("train")
+        chosen = random.Random(0).sample(chosen, DRAWN[self.scale.name])
+        lines, reference = [], self.folder / "reference"
+        reference.mkdir(parents=True, exist_ok=True)
+        for drawing in chosen:
+            path = reference / f"{drawing.name}.png"
+            if not path.exists():
+                save_png(render(drawing.characters, IMAGE_SIZE), path)
+            lines.append({"prompt": drawing.caption, "file": str(path)})
+        listing = "".join(json.dumps(line) + "\n" for line in lines)
+        write_file(self.folder / "reference.jsonl", listing.encode())
+        write_file(self.folder / "prompts.txt", "".join(line["prompt"] + "\n" for line in lines).encode())
+
+    def jobs(self, arms: list[Arm], experiments: list[str]) -> list[Job]:
+        """Every command of ``experiments``, each before those that need it."""
+        jobs = self._data_jobs()
+        for arm in arms:
+            jobs.append(self._training(arm))
+            if arm.name == LANGUAGE_MODEL:
+                command = self._tool("convert_checkpoint.py", "--from", "run", self._run(arm.name), self.pretrained)
+                jobs.append(Job("pretrained", command, self.pretrained, needs=(arm.name,)))
+        if "fig5" in experiments:
+            jobs += [job for arm in twins(self.scale) for job in self._pictures(arm)]
+        if "table1" in experiments:
+            names = [LANGUAGE_MODEL, *(arm.name for arm in twins(self.scale)[:2])]
+            output = self.folder / "table1.probe.json"
+            command = self._tool(
+                "probe_text.py", "--runs", *(self._run(name) for name in names), "--tokenizer", self.tokenizer,
+                "--prompts", PROMPTS, "--wordnet", self.data / "wordnet", "--output", output,
+            )  # fmt: skip
+            jobs.append(Job("probe", command, output, needs=tuple(names)))
+        return jobs
+
+    def _data_jobs(self) -> list[Job]:
+        def preprocess(split: str, name: str, *image: str | Path) -> tuple[str, ...]:
+            return self._tool(
+                "preprocess_data.py", "--input", "openmoji", "--split", split, "--output-prefix", self.data / name,
+                "--text-tokenizer", self.tokenizer, "--workers", 1, *image,
+            )  # fmt: skip
+
+        codes = self._setting("vocab.image_codes")
+        fitted = ("--image-tokenizer", "patch", "--image-size", IMAGE_SIZE, "--patch-size", PATCH_SIZE)
+        train = preprocess("train", "train", *fitted, "--codebook-size", codes)
+        valid = preprocess("valid", "valid", "--image-tokenizer", self.data / "image_tokenizer.safetensors")
+        return [
+            Job("train-data", train, self.data / "train.json"),
+            Job("valid-data", valid, self.data / "valid.json", needs=("train-data",)),
+        ]
+
+    def _training(self, arm: Arm) -> Job:
+        files = {"{pretrained}": self.pretrained, "{aligned}": self._run(ALIGNMENT) / "image_embeddings.safetensors"}
+        steps = round(self.scale.steps * arm.share)
+        settings = dict(one.split("=", 1) for one in (*self.settings(), *arm.settings))
+        if arm.name == LANGUAGE_MODEL:
+            settings |= {
+                "data.train": f"[{{prefix: {self.data / 'text_train'}}}]",
+                "data.valid": str(self.data / "text_valid"),
+                "data.valid_text": "null",
+            }
+            steps = int(settings.pop("training.steps"))
+        elif arm.name == ALIGNMENT:
+            pairs, steps = ALIGNED_PAIRS[self.scale.name], ALIGNED_STEPS[self.scale.name]
+            settings |= {"training.global_batch_size": str(pairs), "data.valid_text": "null"}
+        batch = int(settings.get("training.global_batch_size", self.scale.batch))
+        micro = batch if arm.name == ALIGNMENT else min(batch, MICRO_BATCH)
+        settings |= {"training.micro_batch_size": str(micro), "training.steps": str(steps)}
+        overrides = [f"{key}={files.get(value, value)}" for key, value in settings.items()]
+        command = (
+            sys.executable, arm.tool, "--config", self.scale.config, f"run.dir={self._run(arm.name)}", *overrides
+        )  # fmt: skip
+        needs = tuple("pretrained" if need == LANGUAGE_MODEL else need for need in arm.needs)
+        needs += () if arm.name == LANGUAGE_MODEL else ("valid-data",)
+        return Job(arm.name, command, self._run(arm.name), needs, steps)
+
+    def settings(self) -> tuple[str, ...]:
+        """What all runs of this reproduction share beyond the scale's configuration."""
+        return (
+            *self.scale.settings,
+            f"data.train=[{{prefix: {self.data / 'train'}}}]",
+            f"data.valid={self.data / 'valid'}",
+            f"data.valid_text={self.data / 'text_valid'}",
+            f"runtime.dtype={self.dtype}",
+        )
+
+    def _pictures(self, arm: Arm) -> list[Job]:
+        samples, distance = self.folder / "samples" / arm.name, self.folder / "fid" / f"{arm.name}.json"
+        draw = self._tool(
+            "generate.py", "--run", self._run(arm.name), "--prompts-file", self.folder / "prompts.txt",
+            "--output", samples, "--temperature", TEMPERATURE, "--batch-size", 64,
+        )  # fmt: skip
+        measure = self._tool(
+            "evaluate.py", "fid", "--generated", samples, "--reference", self.folder / "reference",
+            "--protocol", "nano", "--output", distance,
+        )  # fmt: skip
+        drawn = f"samples-{arm.name}"
+        return [Job(drawn, draw, samples, (arm.name,)), Job(f"fid-{arm.name}", measure, distance, (drawn,))]
+
+    def _run(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def _tool(self, name: str, *arguments) -> tuple[str, ...]:
+        return (sys.executable, f"tools/{name}", *map(str, arguments))
+
+    def _setting(self, key: str) -> int:
+        section, field = key.split(".")
+        return getattr(getattr(config.load(self.scale.config, list(self.scale.settings)), section), field)

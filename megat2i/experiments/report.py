@@ -1,0 +1,201 @@
+"""report.md and report.html: each figure and table beside the paper's statement of it, with commands and verdicts.
+
+One list of blocks is rendered twice. The page needs no network: its pictures lie beside it.
+"""
+
+import html
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megat2i.experiments.claims import Claim, claims
+from megat2i.experiments.jobs import Job
+from megat2i.files import write_file
+
+TITLES = {
+    "fig3": "Figure 3: pre-trained against random",
+    "fig4": "Figure 4: loss by modality",
+    "table1": "Table 1: forgetting",
+    "fig6": "Figure 6: image tokens alone, and selective tuning",
+    "fig7": "Figure 7: contrastive alignment",
+    "fig5": "Figure 5: pictures and their distance",
+    "sweep": "Section 2.1: learning rate and batch",
+}
+PAPER = {  # what the paper reports, in our words
+    "fig3": "open_lm-1b, 100B tokens on 64 A100: after a short lead both models have the same total perplexity.",
+    "fig4": "There are about 30 image tokens for a text token, so the image loss decides the total. On images both "
+    "models are the same from the beginning; on captions, which are simple, the random model catches up.",
+    "table1": "Completions before training are sensible English; after training on pairs the model has lost them.",
+    "fig6": "Unconditional image training gains nothing from pre-training. Selective tuning: (1) embeddings and "
+    "output, (2) and norms, (3) and the first half of the layers, (4) or the feed-forward layers.",
+    "fig7": "Bags of image tokens and of caption tokens, aligned by a contrastive loss over 1,024 pairs: image tokens "
+    "have other semantics than text tokens, which is why a language model does not help to model them.",
+    "fig5": "Zero-shot MS-COCO FID 12.21 pre-trained, 12.27 random.",
+    "sweep": "Learning rates from 5e-5 to 3e-4 and batches from 0.5M to 2M tokens were tried; 3e-4 and 1M were used.",
+}
+STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "img{max-width:100%;height:auto}table{border-collapse:collapse;display:block;overflow-x:auto}"
+    "td,th{border:1px solid #ccc;padding:.3rem .6rem;text-align:left;vertical-align:top}"
+    "pre{background:#f5f5f5;padding:.6rem;overflow-x:auto;font-size:.8rem}"
+    "blockquote{border-left:4px solid #99b;margin:0;padding:.2rem 1rem;background:#f4f6fb}"
+)
+
+
+@dataclass(frozen=True)
+class Heading:
+    text: str
+    level: int = 2
+
+    def markdown(self) -> str:
+        return f"{'#' * self.level} {self.text}"
+
+    def html(self) -> str:
+        return f"<h{self.level}>{html.escape(self.text)}</h{self.level}>"
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    text: str
+    quoted: bool = False
+
+    def markdown(self) -> str:
+        return f"> {self.text}" if self.quoted else self.text
+
+    def html(self) -> str:
+        tag = "blockquote" if self.quoted else "p"
+        return f"<{tag}>{html.escape(self.text)}</{tag}>"
+
+
+@dataclass(frozen=True)
+class Figure:
+    file: str
+    text: str
+
+    def markdown(self) -> str:
+        return f"![{self.text}]({self.file})"
+
+    def html(self) -> str:
+        return f'<p><img src="{html.escape(self.file)}" alt="{html.escape(self.text)}"></p>'
+
+
+@dataclass(frozen=True)
+class Table:
+    head: Sequence[str]
+    rows: Sequence[Sequence]
+
+    def markdown(self) -> str:
+        def line(cells) -> str:
+            return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", "⏎") for cell in cells) + " |"
+
+        return "\n".join([line(self.head), "|" + "---|" * len(self.head), *map(line, self.rows)])
+
+    def html(self) -> str:
+        def line(cells, tag: str) -> str:
+            texts = (html.escape(str(cell)).replace("\n", "<br>") for cell in cells)
+            return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
+
+        return "<table>" + line(self.head, "th") + "".join(line(row, "td") for row in self.rows) + "</table>"
+
+
+@dataclass(frozen=True)
+class Code:
+    text: str
+
+    def markdown(self) -> str:
+        return f"```\n{self.text}\n```"
+
+    def html(self) -> str:
+        return f"<pre>{html.escape(self.text)}</pre>"
+
+
+Block = Heading | Paragraph | Figure | Table | Code
+
+
+def write_report(
+    folder: Path,
+    scale: str,
+    numbers: dict[str, dict],
+    jobs: Sequence[Job],
+    budget: Table,
+    facts: Sequence[Sequence[str]],
+) -> list[Claim]:
+    """Write both files and return the judged claims. ``facts``: (what, value) of data, machine and versions."""
+    found = claims(numbers)
+    blocks: list[Block] = [
+        Heading("Pre-trained language models and text-to-image generation: the paper's experiments", 1),
+        Paragraph(
+            f"Every figure and table of Zhang et al. (EMNLP 2024), run at the scale '{scale}'. Curves are drawn from "
+            "the runs' metrics.jsonl; the numbers behind each figure lie beside it as JSON."
+        ),
+        Heading("Which claims hold at this scale"),
+        Table(
+            ("figure", "the paper's claim", "verdict", "evidence", "rule"),
+            [(c.experiment, c.statement, c.verdict, c.evidence, c.rule) for c in found],
+        ),
+    ]
+    for name, values in numbers.items():
+        blocks += [Heading(TITLES[name]), Paragraph(f"The paper: {PAPER[name]}", quoted=True)]
+        blocks += [
+            Paragraph(f"{c.verdict.capitalize()}: {c.statement} {c.evidence}.") for c in found if c.experiment == name
+        ]
+        blocks += [Figure(f"{name}.png", TITLES[name]), *TABLES.get(name, lambda values: [])(values)]
+    blocks += [Heading("Token budget"), budget, Heading("Data, machine, versions"), Table(("what", "value"), facts)]
+    blocks += [Heading("Commands"), Code("\n".join(shlex.join(job.command) for job in jobs))]
+    write_file(folder / "report.md", ("\n\n".join(block.markdown() for block in blocks) + "\n").encode())
+    page = "".join(block.html() + "\n" for block in blocks)
+    head = '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+    head += f'<meta name="viewport" content="width=device-width"><title>{TITLES["fig3"]}</title><style>{STYLE}</style>'
+    write_file(folder / "report.html", f"{head}</head>\n<body>\n{page}</body></html>\n".encode())
+    return found
+
+
+def _completions(values: dict) -> list[Block]:
+    models = values["models"]
+    rows = [
+        (prompt, *(model["completions"][number] for model in models)) for number, prompt in enumerate(values["prompts"])
+    ]
+    names = [f"{model['run']}, step {model['step']}" for model in models]
+    rates = [(name, f"{model['accuracy']:.1%}") for name, model in zip(names, models, strict=True)]
+    return [
+        Table(("prompt", *names), rows),
+        Paragraph(f"Few-shot probe ({values['shots']} examples, {values['questions']} questions, four answers):"),
+        Table(("model", "right"), rates),
+    ]
+
+
+def _selective(values: dict) -> list[Block]:
+    losses, trained = values["held_out_image_loss"], values["trained_parameters"]
+    rows = [(name, f"{trained[name]:,}", f"{losses[name]:.4f}") for name in losses]
+    return [Table(("run", "trained parameters", "held-out image loss"), rows)]
+
+
+def _distances(values: dict) -> list[Block]:
+    rows = []
+    for name, result in values["results"].items():
+        interval = result["interval"]
+        rows.append((name, f"{result['fid']:.3f}", f"{interval['low']:.3f} to {interval['high']:.3f}"))
+    result = next(iter(values["results"].values()))
+    note = f"Protocol {result['protocol']}, features: {result['feature_net']}. Not comparable with published FID."
+    return [Table(("run", "distance", "95% (bootstrap)"), rows), Paragraph(note)]
+
+
+def _sweep(values: dict) -> list[Block]:
+    rows = [
+        (
+            f"{row['lr']:.2g}",
+            row["batch"],
+            f"{row['tokens']:,}",
+            *(f"{row[key]:.4f}" for key in ("loss", "loss/text", "loss/image")),
+        )
+        for row in values["rows"]
+    ]
+    return [Table(("peak learning rate", "batch", "tokens", "held-out loss", "text", "image"), rows)]
+
+
+def _nearest(values: dict) -> list[Block]:
+    return []
+
+
+TABLES = {"table1": _completions, "fig6": _selective, "fig5": _distances, "sweep": _sweep, "fig7": _nearest}

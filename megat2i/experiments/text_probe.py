@@ -1,0 +1,121 @@
+"""What a model knows of language: completions of prompts, and a few-shot probe with answers to choose from.
+
+Works on any run with text ids, before and after it was trained on images; probability is given to text ids alone.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megat2i import checkpoint, config
+from megat2i.config import ConfigError
+from megat2i.data.wordnet import KIND, Entry
+from megat2i.kernels import choose_ops
+from megat2i.model.gpt import GPT
+from megat2i.tokenizers.text import TextTokenizer, load_text_tokenizer
+
+QUESTION = "{} is a kind of"
+SHOTS, ANSWERS = 3, 4
+
+
+@dataclass(frozen=True)
+class Question:
+    """``prompt`` (with solved examples before it) and ``answers``, the first of which is right."""
+
+    prompt: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A model as a language model over the ids of ``tokenizer``; ``step``: of the checkpoint it comes from."""
+
+    model: GPT
+    tokenizer: TextTokenizer
+    length: int  # positions it was trained on
+    step: int
+
+    @staticmethod
+    def from_run(run_dir: Path, tokenizer: Path, step: int | None = None) -> "TextModel":
+        """The newest checkpoint of a run, or that of ``step``; in float32 on the CPU.
+
+        Raises ConfigError or CheckpointError.
+        """
+        settings = config.load(run_dir / "config.yaml")
+        folder = run_dir / "checkpoints"
+        if step is None:
+            found = checkpoint.latest_here(folder)
+            if found is None:
+                raise ConfigError(f"{folder}: no sound checkpoint; train the run to its first checkpoint")
+        else:
+            found = checkpoint.open_checkpoint(folder / f"step-{step}")
+            checkpoint.verify(found)
+        device, dtype = torch.device("cpu"), torch.float32
+        model = GPT.empty(settings.model, settings.vocab_layout, choose_ops(device, dtype), device, dtype)
+        model.requires_grad_(False)
+        checkpoint.load_weights(found, model)
+        return TextModel(model, load_text_tokenizer(tokenizer), settings.data.sequence_length, found.step)
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        """Of text ids alone: [B, S, text ids] after ``tokens`` [B, S]."""
+        return self.model.logits(tokens)[..., : self.tokenizer.vocab_size]
+
+    @torch.no_grad()
+    def complete(self, prompt: str, tokens: int) -> str:
+        """The most probable next ids, one after another: at most ``tokens``, up to the end of the line."""
+        ids = self.tokenizer.encode([prompt])[0]
+        start = len(ids)
+        for _ in range(tokens):
+            window = torch.tensor([ids[-self.length :]])
+            ids.append(int(self._logits(window)[0, -1].argmax()))
+            if "\n" in self.tokenizer.decode(ids[-1:]):
+                break
+        return self.tokenizer.decode(ids[start:]).split("\n")[0].strip()
+
+    @torch.no_grad()
+    def scores(self, prompt: str, answers: Sequence[str]) -> list[float]:
+        """Mean log-probability of the ids of each answer behind the prompt."""
+        before = self.tokenizer.encode([prompt])[0]
+        result = []
+        for ids in self.tokenizer.encode([f" {answer}" for answer in answers]):
+            tokens = (before + ids)[-self.length :]
+            log_probabilities = self._logits(torch.tensor([tokens[:-1]]))[0, -len(ids) :].log_softmax(dim=-1)
+            result.append(log_probabilities.gather(1, torch.tensor(ids)[:, None]).mean().item())
+        return result
+
+    def accuracy(self, questions: Sequence[Question]) -> float:
+        """Share of questions whose right answer is the most probable one; chance is one in ANSWERS."""
+        right = 0
+        for question in questions:
+            scores = self.scores(question.prompt, question.answers)
+            right += scores.index(max(scores)) == 0
+        return right / len(questions)
+
+
+def questions(entries: Sequence[Entry], number: int, seed: int = 0) -> list[Question]:
+    """What is a word a kind of? Behind SHOTS solved examples; the wrong answers are right for other words.
+
+    From entries that the language model has seen in training: what it knows, not what it can guess.
+    """
+    known = {
+        entry.words[0]: next(other for pointer, other in entry.relations if pointer == KIND)
+        for entry in entries
+        if not entry.held_out and any(pointer == KIND for pointer, _ in entry.relations)
+    }
+    chooser = random.Random(seed)
+    words = sorted(known)
+    result = []
+    for word in chooser.sample(words, number):
+        examples = [other for other in chooser.sample(words, SHOTS + 1) if other != word][:SHOTS]
+        wrong: list[str] = []
+        while len(wrong) < ANSWERS - 1:
+            answer = known[chooser.choice(words)]
+            if answer not in (known[word], *wrong):
+                wrong.append(answer)
+        lines = [f"{QUESTION.format(example)} {known[example]}.\n" for example in examples]
+        result.append(Question("".join(lines) + QUESTION.format(word), (known[word], *wrong)))
+    return result

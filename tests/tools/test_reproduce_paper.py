@@ -1,0 +1,162 @@
+"""The paper's reproduction as a user runs it: every run for ten steps, and the paper's own scale as two tiny steps."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megat2i import config, config_rules
+from megat2i.experiments.arms import EXPERIMENTS, PAPER, SMOKE, arms_of
+from megat2i.experiments.jobs import Job, run_jobs
+
+pytestmark = pytest.mark.slow
+TINY = (
+    *(setting for setting in SMOKE.settings if not setting.startswith("training.")),
+    "model.positions=rotary", "model.rotary_base=1000.0",  # as the language model of the smoke scale
+    "training.steps=2", "training.warmup_steps=1", "training.global_batch_size=4", "training.micro_batch_size=4",
+    "training.evaluate_every=0", "training.evaluate_samples=4", "training.checkpoint_every=0",
+)  # fmt: skip
+
+
+def reproduce(repository, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/reproduce_paper.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=repository, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def smoke(repository, tmp_path_factory) -> tuple[Path, Path, str]:
+    """(what came out, data, standard output)"""
+    folder = tmp_path_factory.mktemp("paper")
+    done = reproduce(
+        repository, "--scale", "smoke", "--output", folder / "out", "--data", folder / "data", "--workers", 2
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "out", folder / "data", done.stdout
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_figure_and_table(smoke, name):
+    folder, _, printed = smoke
+    numbers = json.loads((folder / f"{name}.json").read_text())
+    assert numbers
+    with Image.open(folder / f"{name}.png") as picture:
+        assert np.asarray(picture).std() > 5  # not blank
+    assert (folder / f"{name}.svg").read_text().lstrip().startswith("<?xml")
+    assert re.search(rf"^{name} +(holds|does not hold|undecided) ", printed, re.MULTILINE)
+
+
+def test_the_numbers_of_figure_7(smoke):
+    numbers = json.loads((smoke[0] / "fig7.json").read_text())
+    assert len(numbers["loss"]) == len(numbers["temperature"]) == 10
+    assert numbers["nearest_tokens"] and numbers["control"]
+
+
+def test_figures_are_drawn_from_the_record_alone(smoke):
+    """The curve in the JSON is that of metrics.jsonl, to the last step."""
+    folder = smoke[0]
+    last = json.loads((folder / "fig4.json").read_text())["curves"]["random-0"]
+    lines = [json.loads(line) for line in (folder / "runs/random-0/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "split" not in line]
+    assert last["tokens"][-1] == sum(s[f"tokens/{m}"] for s in steps for m in ("text", "image", "special"))
+    assert last["loss/image"][0] == pytest.approx(steps[0]["loss/image"])
+
+
+def test_twins_differ_in_their_start_alone(smoke):
+    folder = smoke[0]
+    settings = [config.load(folder / f"runs/{name}-0/config.yaml") for name in ("pretrained", "random")]
+    data = [(folder / f"runs/{name}-0/data.json").read_text() for name in ("pretrained", "random")]
+    texts = [config.to_yaml(one).splitlines() for one in settings]
+    different = [line for pair in zip(*texts, strict=True) for line in pair if pair[0] != pair[1]]
+    assert {line.split(":")[0].strip() for line in different} == {"dir", "pretrained"} and data[0] == data[1]
+
+
+def test_the_report_is_whole(smoke):
+    folder = smoke[0]
+    page, text = (folder / "report.html").read_text(), (folder / "report.md").read_text()
+    pictures = re.findall(r'<img src="([^"]+)"', page)
+    assert sorted(pictures) == sorted(f"{name}.png" for name in EXPERIMENTS) == sorted(re.findall(r"\]\((.*?)\)", text))
+    assert all((folder / picture).is_file() for picture in pictures)
+    assert not re.search(r'(src|href)="(https?:)?//', page)  # opens without a network
+    for known in ("12.21", "12.27", "tools/align_embeddings.py", "training.trainable=embeddings_norms_first_half"):
+        assert known in page and known in text
+
+
+def test_what_is_done_is_not_done_again_and_a_missing_run_is_an_error(repository, smoke, tmp_path):
+    folder, data, _ = smoke
+    arguments = ("--scale", "smoke", "--only", "fig3", "--data", data, "--workers", 1)
+    before = (folder / "runs/random-0/metrics.jsonl").stat().st_mtime_ns
+    assert reproduce(repository, *arguments, "--output", folder).returncode == 0
+    assert (folder / "runs/random-0/metrics.jsonl").stat().st_mtime_ns == before
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy/runs/random-0/metrics.jsonl").unlink()
+    # another folder, hence other commands: nothing of the copy passes for done
+    done = reproduce(repository, *arguments, "--output", tmp_path / "copy")
+    assert done.returncode == 1 and "was done with another command" in done.stderr
+
+
+def test_dry_run_prints_every_command_and_the_budget(repository, tmp_path):
+    done = reproduce(repository, "--scale", "nano", "--dry-run", "--output", tmp_path / "nothing")
+    assert done.returncode == 0 and not (tmp_path / "nothing").exists()
+    assert done.stdout.count("pretrain_t2i.py --config configs/paper/nano.yaml") == 19
+    assert "| random-2 | 2,000 | 6,144,000 |" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def paper(repository, tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("cluster")
+    done = reproduce(repository, "--scale", "paper", "--output", folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_the_papers_scale_is_a_config_and_a_script_for_every_run(paper):
+    folder, printed = paper
+    names = {arm.name for arm in arms_of(PAPER, list(EXPERIMENTS))}
+    assert {path.stem for path in (folder / "configs").glob("*.yaml")} == names
+    for name in names - {"alignment"}:
+        settings = config.load(folder / "configs" / f"{name}.yaml")
+        config_rules.validate(settings, 64)
+        assert (settings.model.hidden, settings.vocab.image_codes, settings.optimizer.beta2) == (2048, 16_384, 0.95)
+    for script in (folder / "jobs").glob("*.sbatch"):
+        assert subprocess.run(["bash", "-n", script]).returncode == 0
+    assert re.search(r"^random-0 +100\.0B +\d+\.\d +1,\d{3} ", printed, re.MULTILINE)
+    assert "model.pretrained=pretrained/open_lm_1b [paper]" in printed and "seed=0 [ours]" in printed
+
+
+def test_the_papers_runs_train_two_steps_at_tiny_width(repository, paper, smoke, monkeypatch):
+    """All kinds of runs; of the sweep, which differs in numbers alone, the first."""
+    folder, _ = paper
+    out, data, _ = smoke
+    monkeypatch.chdir(repository)
+    jobs = []
+    for arm in arms_of(PAPER, list(EXPERIMENTS)):
+        if arm.name == "alignment" or (arm.name.startswith("sweep") and "5e-05" not in arm.name):
+            continue
+        run = folder / "tiny" / arm.name
+        files = [f"data.train=[{{prefix: {data / 'train'}}}]", f"data.valid={data / 'valid'}", "data.valid_text=null"]
+        if config.load(folder / "configs" / f"{arm.name}.yaml").model.pretrained:
+            files.append(f"model.pretrained={out / 'pretrained'}")
+        if arm.name.startswith("aligned"):
+            files.append(f"model.expansion_file={out / 'runs/alignment/image_embeddings.safetensors'}")
+        path = folder / "configs" / f"{arm.name}.yaml"
+        command = (sys.executable, arm.tool, "--config", str(path), f"run.dir={run}", *files, *TINY)
+        jobs.append(Job(arm.name, command, run, steps=2))
+    assert len(jobs) == 10
+    run_jobs(jobs, folder / "tiny-jobs", 2)
+    for job in jobs:
+        steps = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+        assert sum("split" not in line for line in steps) == 2
+
+
+def test_submitting_without_slurm_is_one_error(repository, tmp_path):
+    command = [sys.executable, "tools/reproduce_paper.py", "--scale", "paper", "--only", "fig3", "--submit"]
+    done = subprocess.run(
+        [*command, "--output", tmp_path], cwd=repository, capture_output=True, text=True, env={"PATH": str(tmp_path)}
+    )
+    assert done.returncode == 1 and done.stderr.endswith("submit from a machine of a SLURM cluster\n")
