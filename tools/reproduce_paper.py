@@ -89,7 +89,8 @@ def main() -> None:
 def check(job: Job) -> config.Config:
     """The configuration of a training run; raises ConfigError where it could not be trained."""
     command = list(job.command)
-    settings = config.load(command[command.index("--config") + 1], command[command.index("--config") + 2 :])
+    file, *overrides = (one for one in command[command.index("--config") + 1 :] if not one.startswith("--"))
+    settings = config.load(file, overrides)
     config_rules.validate(settings, 1)
     return settings
 

@@ -76,6 +76,11 @@ class Miniature:
         jobs = self._data_jobs()
         for arm in arms:
             jobs.append(self._training(arm))
+            if arm.name == ALIGNMENT:  # the same with captions shuffled
+                alignment = jobs[-1]
+                control = (*alignment.command, "--control")
+                folder, needs = alignment.output / "control", (*alignment.needs, ALIGNMENT)
+                jobs.append(Job(f"{ALIGNMENT}-control", control, folder, needs, alignment.steps))
             if arm.name == LANGUAGE_MODEL:
                 command = self._tool("convert_checkpoint.py", "--from", "run", self._run(arm.name), self.pretrained)
                 jobs.append(Job("pretrained", command, self.pretrained, needs=(arm.name,)))

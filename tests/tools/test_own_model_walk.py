@@ -1,4 +1,4 @@
-"""The way of the README from somebody's own model and data to an exported model, with files that others' libraries write.
+"""The way of the README from one's own model and data to an exported model, with files that others' libraries write.
 
 A LlamaForCausalLM and its tokenizer by transformers, tar shards by webdataset, a table by pyarrow.
 """
