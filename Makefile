@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 GPU_PYTHON := $(or $(PY),$(BIN)/python)
 GPU_ENV := $(if $(PY),,env)
 
-.PHONY: env demo test test-full test-gpu bench-gpu lint bench clean
+.PHONY: env demo test test-full gpu-path test-gpu sanitize-gpu bench-gpu lint bench clean
 
 env: $(VENV)/.installed
 
@@ -22,6 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt tools/check_machine.sh
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy setuptools wheel
 	$(PIP) --no-build-isolation -e '.[test]'
+	$(PIP) --no-deps torch-fidelity # a peer of the tests; by itself it would bring torchvision, made for another torch
 	@touch $@
 
 demo: env
@@ -33,15 +34,43 @@ test: env lint
 test-full: env lint
 	$(PYTEST) --full
 
-# On a machine with a GPU and a CUDA build of PyTorch of its own, after `pip install --no-deps --no-build-isolation -e .`:
-# make test-gpu PY=python. That needs torch, triton and pytest, and no network; --confcutdir leaves out what needs more.
-test-gpu: $(GPU_ENV)
-	$(GPU_PYTHON) -m pytest --confcutdir=tests/kernels -m gpu tests/kernels/test_on_gpu.py
+# On a machine with a GPU and a CUDA build of PyTorch of its own, without installing anything and without a network:
+# make test-gpu PY=python. The kernels need torch, triton and pytest; the model also numpy, omegaconf, safetensors, tqdm
+# and tensorboard; what is absent is skipped. --confcutdir leaves out the fixtures that need more.
+GPU_PATH := $(CURDIR)/build/gpu
+GPU_PYTEST = PYTHONPATH=$(GPU_PATH) $(GPU_PYTHON) -m pytest --confcutdir=tests/kernels -p no:cacheprovider -m gpu -rs
+GPU_TESTS := tests/kernels/test_on_gpu.py tests/test_model_on_gpu.py
+# Minutes of each benchmark, 18 together; fewer at a time: make bench-gpu BENCH="head block" JSON=FILE
+BENCH ?= head block step sampling off_range
+MINUTES_head := 4
+MINUTES_block := 2
+MINUTES_step := 6
+MINUTES_sampling := 3
+MINUTES_off_range := 3
+JSON ?=
 
-bench-gpu: $(GPU_ENV)
-	$(GPU_PYTHON) benchmarks/bench_head.py --json benchmarks/head.json
-	$(GPU_PYTHON) benchmarks/bench_block.py --json benchmarks/block.json
-	$(GPU_PYTHON) benchmarks/bench_step.py --json benchmarks/step.json
+# The package as an installation would lay it out: kernels/ is imported as megat2i.kernels.
+gpu-path: $(GPU_ENV)
+	@rm -rf $(GPU_PATH) && mkdir -p $(GPU_PATH)/megat2i
+	@ln -s $(CURDIR)/megat2i/* $(GPU_PATH)/megat2i/ && ln -s $(CURDIR)/kernels $(GPU_PATH)/megat2i/kernels
+
+test-gpu: gpu-path
+	$(GPU_PYTEST) $(GPU_TESTS)
+
+# The small cases under a memory checker and a race checker.
+sanitize-gpu: gpu-path
+	@command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not on the PATH: nothing was checked"; exit 1; }
+	PYTHONPATH=$(GPU_PATH) PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(GPU_PYTHON) -m pytest --confcutdir=tests/kernels -p no:cacheprovider -q -k small tests/kernels/test_on_gpu.py
+	PYTHONPATH=$(GPU_PATH) compute-sanitizer --tool racecheck --error-exitcode 1 \
+		$(GPU_PYTHON) -m pytest --confcutdir=tests/kernels -p no:cacheprovider -q -k small tests/kernels/test_on_gpu.py
+
+# A benchmark that fails leaves its rows and does not stop the others; the tables come last.
+bench-gpu: gpu-path
+	@status=0; file="$(JSON)"; \
+	$(foreach name,$(BENCH),PYTHONPATH=$(GPU_PATH) $(GPU_PYTHON) benchmarks/bench_$(name).py --minutes $(MINUTES_$(name)) \
+		$${file:+--json $$file} || status=1;) \
+	$(GPU_PYTHON) benchmarks/table.py $$file; exit $$status
 
 bench: env
 	$(BIN)/python benchmarks/bench_dataset.py

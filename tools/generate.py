@@ -1,26 +1,31 @@
 """Draw images from prompts with a trained run: ``python tools/generate.py --run runs/demo --prompts "red apple"``.
 
-Writes one PNG an image, ``grid.png`` and ``samples.jsonl`` (prompt, seed, settings and file of each image). An image is
-decided by prompt, seed and settings, the batch size among them; the other prompts of the call do not matter.
+Writes ``samples.jsonl`` (prompt, seed, settings and file of each image), one PNG an image, and ``grid.png`` of the
+first ones. An image is decided by prompt, seed and settings, the batch size among them; the other prompts of the call
+do not matter. The same command goes on where it was stopped.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from tqdm import tqdm
 
 from megat2i.checkpoint import CheckpointError
 from megat2i.config import ConfigError
-from megat2i.files import DataFileError, PendingFile, commit
+from megat2i.files import DataFileError, write_file
 from megat2i.generate import BATCH_SIZE, Sampler
 from megat2i.pictures import enlarge, save_png, sheet
 from megat2i.runtime import DTYPES
 
-GRID_COLUMNS = 8
+GRID_COLUMNS, GRID_IMAGES = 8, 64
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,26 +66,50 @@ def main() -> None:
             "compare with; use --guidance 1, or --force"
         )
     jobs = [(p, arguments.seed + number) for p in prompts for number in range(arguments.images_per_prompt)]
-    images = sampler.images([p for p, _ in jobs], [s for _, s in jobs], sampling, arguments.batch_size)
     drawn = dataclasses.asdict(sampling) | {"batch_size": arguments.batch_size, "dtype": dtype}
     del drawn["prompts"]
-    write(arguments.output or arguments.run / "samples", jobs, images, drawn)
-
-
-def write(output: Path, jobs: list[tuple[str, int]], images, drawn: dict) -> None:
-    """One PNG an image, the grid and the list of what was ``drawn`` with which settings."""
-    lines = []
-    for number, ((prompt, seed), image) in enumerate(zip(jobs, images, strict=True)):
-        name = f"{number:05d}-{re.sub(r'[^a-z0-9]+', '-', prompt.lower())[:60].strip('-')}-{seed}.png"
-        save_png(enlarge(image, image.shape[-1]), output / name)
-        lines.append(json.dumps({"prompt": prompt, "seed": seed, "file": name, **drawn}) + "\n")
-    save_png(
-        sheet([(p, [image]) for (p, _), image in zip(jobs, images, strict=True)], GRID_COLUMNS), output / "grid.png"
-    )
-    listing = PendingFile(output / "samples.jsonl")
-    listing.write("".join(lines).encode())
-    commit([listing])
+    drawn |= {"device": arguments.device, "weights_sha256": digest(sampler.model)}
+    output = arguments.output or arguments.run / "samples"
+    names = begin(output, jobs, drawn)
+    missing = [number for number, name in enumerate(names) if not (output / name).exists()]
+    for start in tqdm(range(0, len(missing), arguments.batch_size), disable=None, unit="batch"):
+        batch = missing[start : start + arguments.batch_size]
+        prompts, seeds = zip(*(jobs[number] for number in batch), strict=True)
+        for number, image in zip(batch, sampler.images(prompts, seeds, sampling, arguments.batch_size), strict=True):
+            save_png(enlarge(image, image.shape[-1]), output / names[number])
+    first = [np.asarray(Image.open(output / name)).transpose(2, 0, 1) for name in names[:GRID_IMAGES]]
+    cells = [(prompt, [image]) for (prompt, _), image in zip(jobs, first, strict=False)]
+    save_png(sheet(cells, GRID_COLUMNS), output / "grid.png")
     print(f"{len(jobs)} images and grid.png in {output}")
+
+
+def begin(output: Path, jobs: list[tuple[str, int]], drawn: dict) -> list[str]:
+    """Files of all the images; what ``output`` holds of another call's, or of other weights', is removed."""
+    names = [
+        f"{number:05d}-{re.sub(r'[^a-z0-9]+', '-', prompt.lower())[:60].strip('-')}-{seed}.png"
+        for number, (prompt, seed) in enumerate(jobs)
+    ]
+    lines = [
+        json.dumps({"prompt": prompt, "seed": seed, "file": name, **drawn})
+        for (prompt, seed), name in zip(jobs, names, strict=True)
+    ]
+    content, listing = ("\n".join(lines) + "\n").encode(), output / "samples.jsonl"
+    if not listing.exists() or listing.read_bytes() != content:
+        output.mkdir(parents=True, exist_ok=True)
+        listing.unlink(missing_ok=True)  # first: images without a list of them are nobody's
+        for name in names:
+            (output / name).unlink(missing_ok=True)
+        write_file(listing, content)
+    return names
+
+
+def digest(model: torch.nn.Module) -> str:
+    """SHA-256 of a model's weights: a run that has trained on since draws other images."""
+    sha256 = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        sha256.update(name.encode())
+        sha256.update(tensor.flatten().view(torch.uint8).cpu().numpy())
+    return sha256.hexdigest()
 
 
 if __name__ == "__main__":

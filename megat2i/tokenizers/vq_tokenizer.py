@@ -190,13 +190,13 @@ class VQTokenizer(nn.Module):
         if self.encoder_precision == "tf32" and self.device.type != "cuda":
             raise ValueError(f"encoder precision tf32 needs a CUDA device, the tokenizer is on {self.device}")
         pixels = images.to(self.device).to(torch.float32, memory_format=torch.channels_last) / 127.5 - 1
-        with _arithmetic(self.device, "tf32" if self.encoder_precision == "tf32" else "ieee"):
+        with arithmetic(self.device, "tf32" if self.encoder_precision == "tf32" else "ieee"):
             if self.encoder_precision == "bfloat16":
                 low = {name: value.bfloat16() for name, value in self.encoder.state_dict().items()}
                 encoded = functional_call(self.encoder, low, (pixels.bfloat16(),)).float()
             else:
                 encoded = self.encoder(pixels)
-        with _arithmetic(self.device, "ieee"):
+        with arithmetic(self.device, "ieee"):
             return self.quant_conv(encoded)
 
     @torch.inference_mode()
@@ -204,7 +204,7 @@ class VQTokenizer(nn.Module):
         """The nearest codes, int64 [B, h * w], of ``latents`` float32 [B, d, h, w]."""
         vectors = self._vectors(latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1]))
         rows = max(1, SCORES[self.device.type] // self.codebook_size)
-        with _arithmetic(self.device, "ieee"):
+        with arithmetic(self.device, "ieee"):
             codes = [nearest(part, self._codebook)[0] for part in vectors.split(rows)]
         return torch.cat(codes).reshape(len(latents), -1)
 
@@ -231,7 +231,7 @@ class VQTokenizer(nn.Module):
         grid = self._check(codes, grid)
         vectors = nn.functional.embedding(codes.long().to(self.device), self._codebook)
         quantised = vectors.unflatten(1, grid).permute(0, 3, 1, 2)
-        with _arithmetic(self.device, "ieee"):
+        with arithmetic(self.device, "ieee"):
             return self.decoder(self.post_quant_conv(quantised), quantised)
 
     def _check(self, codes: Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
@@ -267,7 +267,7 @@ def _passes(inputs: Tensor, outputs: Tensor, pixels: int, device: torch.device) 
 
 
 @contextmanager
-def _arithmetic(device: torch.device, precision: str) -> Iterator[None]:
+def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
     """float32 products as "ieee" says or rounded to "tf32", whatever the process chose; its choice is restored."""
     backends = torch.backends
     switches = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
