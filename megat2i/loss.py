@@ -5,6 +5,7 @@ batch. Counts are reduced first and divided by once, so the mean is exact over a
 never a mean of means.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,10 +31,14 @@ def sum_by_modality(values: Tensor, modality: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ModalityLoss:
-    """The weights [3] of text, image and special positions, and the coefficient of the z-loss."""
+    """The weights [3] of text, image and special positions, and the coefficient of the z-loss.
+
+    ``report``: what else the record of every step says of the objective.
+    """
 
     weights: tuple[float, float, float]
     z_loss: float = 0.0
+    report: Callable[[], dict[str, float]] = dict
 
     def token_weight(self, modality: Tensor, counts: Tensor) -> Tensor:
         """Weight (float32) of every position of ``modality``, given the ``counts`` [3] of the whole global batch.

@@ -71,16 +71,17 @@ def main() -> None:
     miniature = Miniature(scale, folder, arguments.data or Path(f"data/paper-{scale.name}"), dtype)
     jobs = miniature.jobs(arms, experiments)
     settings = {job.name: check(job) for job in jobs if job.steps}
+    commands = [*miniature.picture_commands().values(), *(job.command for job in jobs)]
     if arguments.dry_run:
-        for job in jobs:
-            print(shlex.join(job.command))
+        for command in commands:
+            print(shlex.join(command))
         print(budget(jobs, settings, folder).markdown())
         return
     began = time.monotonic()
     miniature.prepare()
     run_jobs(jobs, folder / "jobs", arguments.workers)
     numbers = {name: make(folder, scale) for name, make in MAKERS.items() if name in experiments}
-    found = write_report(folder, scale.name, numbers, jobs, budget(jobs, settings, folder), facts(miniature, dtype))
+    found = write_report(folder, scale.name, numbers, commands, budget(jobs, settings, folder), facts(miniature, dtype))
     for claim in found:
         print(f"{claim.experiment:7} {claim.verdict:13} {claim.statement} [{claim.evidence}]")
     print(f"{folder}/report.html and report.md, after {(time.monotonic() - began) / 60:.1f} minutes")

@@ -121,7 +121,8 @@ def aligned(scale: Scale) -> list[Arm]:
     return [
         Arm(
             ALIGNMENT,
-            (PRETRAINED, "runtime.dtype=float32", "optimizer.engine=torch"),
+            # the lengths of the rows take no part in that loss, hence no weight decay
+            (PRETRAINED, "runtime.dtype=float32", "optimizer.engine=torch", "optimizer.weight_decay=0.0"),
             tool="tools/align_embeddings.py",
             needs=(LANGUAGE_MODEL,),
         ),

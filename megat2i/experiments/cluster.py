@@ -21,7 +21,7 @@ from megat2i.planner.ranking import Planned, plan
 
 NODES, GPUS_A_NODE, GPU = 8, 8, "a100-80"  # [paper] 64 A100-80GB
 MARGIN = 1.25  # of the predicted time, for SLURM's limit
-ALIGNED_PAIRS, ALIGNED_STEPS = 1024, 10_000  # [paper] and [ours]
+ALIGNMENT_CONFIG = "configs/paper/alignment.yaml"
 STATED = ("model.pretrained", "data.mode", "training.trainable", "training.global_batch_size", "optimizer.lr")
 SCRIPT = """#!/bin/bash
 #SBATCH --job-name={name}
@@ -51,8 +51,9 @@ def write_jobs(arms: Sequence[Arm], folder: Path, data: Path, pretrained: str) -
     for arm in arms:
         settings, marked = settings_of(arm, folder, data, pretrained)
         config_rules.validate(settings, NODES * GPUS_A_NODE if arm.name != ALIGNMENT else 1)
+        base = ALIGNMENT_CONFIG if arm.name == ALIGNMENT else PAPER.config
         path = folder / "configs" / f"{arm.name}.yaml"
-        head = "".join(f"# {one}\n" for one in (f"{arm.name}: {PAPER.config} and", *marked))
+        head = "".join(f"# {one}\n" for one in (f"{arm.name}: {base} and", *marked))
         write_file(path, (head + config.to_yaml(settings)).encode())
         tokens = settings.training.steps * settings.training.global_batch_size * settings.data.sequence_length
         hours = 1.0 if arm.name == ALIGNMENT else tokens / _speed(settings) / 3600
@@ -83,20 +84,22 @@ def settings_of(arm: Arm, folder: Path, data: Path, pretrained: str) -> tuple[Co
     """The configuration of a run at the paper's scale, and its own settings marked as stated or ours."""
     files = {"{pretrained}": pretrained, "{aligned}": f"{folder}/runs/{ALIGNMENT}/image_embeddings.safetensors"}
     own = {key: files.get(value, value) for key, value in (one.split("=", 1) for one in arm.settings)}
-    own["training.steps"] = str(round(PAPER.steps * arm.share))
-    batch = int(own.get("training.global_batch_size", PAPER.batch))
-    if arm.name == ALIGNMENT:
-        own |= {"training.global_batch_size": str(ALIGNED_PAIRS), "training.micro_batch_size": str(ALIGNED_PAIRS)}
-        own["training.steps"] = str(ALIGNED_STEPS)
-    elif batch // (NODES * GPUS_A_NODE) < 14:
-        own["training.micro_batch_size"] = str(batch // (NODES * GPUS_A_NODE))
     shared = {"run.dir": f"{folder}/runs/{arm.name}", "data.train": f"[{{prefix: {data}/train}}]"}
     shared |= {"data.valid": f"{data}/valid"}
-    if arm.name != ALIGNMENT:
-        shared["data.valid_text"] = f"{data}/text_valid"
+    if arm.name == ALIGNMENT:  # on one GPU, with all pairs at once
+        own = {"model.pretrained": pretrained, "training.micro_batch_size": "1024"}
+        return config.load(ALIGNMENT_CONFIG, [f"{k}={v}" for k, v in (shared | own).items()]), _marked(own)
+    own["training.steps"] = str(round(PAPER.steps * arm.share))
+    batch = int(own.get("training.global_batch_size", PAPER.batch))
+    if batch // (NODES * GPUS_A_NODE) < 14:
+        own["training.micro_batch_size"] = str(batch // (NODES * GPUS_A_NODE))
+    shared["data.valid_text"] = f"{data}/text_valid"
     settings = config.load(PAPER.config, [f"{key}={value}" for key, value in (shared | own).items()])
-    marked = [f"{key}={value} [{'paper' if key in STATED else 'ours'}]" for key, value in own.items()]
-    return settings, marked
+    return settings, _marked(own)
+
+
+def _marked(own: dict[str, str]) -> list[str]:
+    return [f"{key}={value} [{'paper' if key in STATED else 'ours'}]" for key, value in own.items()]
 
 
 def submit(arms: Sequence[Arm], folder: Path) -> None:

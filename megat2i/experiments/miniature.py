@@ -5,6 +5,8 @@ Real data only: OpenMoji pictures with captions, WordNet as the language model's
 
 import json
 import random
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from megat2i.data.manifest import Manifest, Source
 from megat2i.data.openmoji import captioned_images, render
 from megat2i.data.text_store import write_text_store
 from megat2i.experiments.arms import ALIGNMENT, LANGUAGE_MODEL, Arm, Scale, twins
-from megat2i.experiments.jobs import Job
+from megat2i.experiments.jobs import Job, JobError
 from megat2i.files import write_file
 from megat2i.pictures import save_png
 from megat2i.tokenizers.text import load_text_tokenizer, train_text_tokenizer
@@ -38,7 +40,10 @@ class Miniature:
         self.tokenizer = data / "text_tokenizer.json"
 
     def prepare(self) -> None:
-        """Make what is not there yet: corpus, text tokenizer and text stores, and the true pictures of the prompts."""
+        """Make what is not there yet: text tokenizer, text and picture stores, and the true pictures of the prompts.
+
+        Raises DataFileError, JobError.
+        """
         archive = wordnet.download(self.data / "wordnet")
         if not Manifest.read(self.data / "text_valid"):
             entries = wordnet.entries(archive)
@@ -54,6 +59,10 @@ class Miniature:
                 if not Manifest.read(self.data / name):
                     source = Source("WordNet 3.0", len(lines), sha256=wordnet.SHA256)
                     write_text_store(lines, tokenizer, self.data / name, source)
+        for name, command in self.picture_commands().items():
+            # a tool that was stopped goes on where it was
+            if not Manifest.read(self.data / name) and subprocess.run(command).returncode:
+                raise JobError(f"{shlex.join(command)} failed; once that is mended, the same command goes on")
         self._write_reference()
 
     def _write_reference(self) -> None:
@@ -73,14 +82,9 @@ class Miniature:
 
     def jobs(self, arms: list[Arm], experiments: list[str]) -> list[Job]:
         """Every command of ``experiments``, each before those that need it."""
-        jobs = self._data_jobs()
+        jobs: list[Job] = []
         for arm in arms:
             jobs.append(self._training(arm))
-            if arm.name == ALIGNMENT:  # the same with captions shuffled
-                alignment = jobs[-1]
-                control = (*alignment.command, "--control")
-                folder, needs = alignment.output / "control", (*alignment.needs, ALIGNMENT)
-                jobs.append(Job(f"{ALIGNMENT}-control", control, folder, needs, alignment.steps))
             if arm.name == LANGUAGE_MODEL:
                 command = self._tool("convert_checkpoint.py", "--from", "run", self._run(arm.name), self.pretrained)
                 jobs.append(Job("pretrained", command, self.pretrained, needs=(arm.name,)))
@@ -96,7 +100,9 @@ class Miniature:
             jobs.append(Job("probe", command, output, needs=tuple(names)))
         return jobs
 
-    def _data_jobs(self) -> list[Job]:
+    def picture_commands(self) -> dict[str, tuple[str, ...]]:
+        """The command that makes each picture store."""
+
         def preprocess(split: str, name: str, *image: str | Path) -> tuple[str, ...]:
             return self._tool(
                 "preprocess_data.py", "--input", "openmoji", "--split", split, "--output-prefix", self.data / name,
@@ -107,10 +113,7 @@ class Miniature:
         fitted = ("--image-tokenizer", "patch", "--image-size", IMAGE_SIZE, "--patch-size", PATCH_SIZE)
         train = preprocess("train", "train", *fitted, "--codebook-size", codes)
         valid = preprocess("valid", "valid", "--image-tokenizer", self.data / "image_tokenizer.safetensors")
-        return [
-            Job("train-data", train, self.data / "train.json"),
-            Job("valid-data", valid, self.data / "valid.json", needs=("train-data",)),
-        ]
+        return {"train": train, "valid": valid}
 
     def _training(self, arm: Arm) -> Job:
         files = {"{pretrained}": self.pretrained, "{aligned}": self._run(ALIGNMENT) / "image_embeddings.safetensors"}
@@ -134,7 +137,6 @@ class Miniature:
             sys.executable, arm.tool, "--config", self.scale.config, f"run.dir={self._run(arm.name)}", *overrides
         )  # fmt: skip
         needs = tuple("pretrained" if need == LANGUAGE_MODEL else need for need in arm.needs)
-        needs += () if arm.name == LANGUAGE_MODEL else ("valid-data",)
         return Job(arm.name, command, self._run(arm.name), needs, steps)
 
     def settings(self) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megat2i.experiments.claims import Claim, claims
-from megat2i.experiments.jobs import Job
 from megat2i.files import write_file
 
 TITLES = {
@@ -34,6 +33,8 @@ PAPER = {  # what the paper reports, in our words
     "fig5": "Zero-shot MS-COCO FID 12.21 pre-trained, 12.27 random.",
     "sweep": "Learning rates from 5e-5 to 3e-4 and batches from 0.5M to 2M tokens were tried; 3e-4 and 1M were used.",
 }
+WORDS = ("aligned", "shuffled", "random")
+CODES, NEAREST = 16, 3  # listed, and tokens of each
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "img{max-width:100%;height:auto}table{border-collapse:collapse;display:block;overflow-x:auto}"
@@ -117,7 +118,7 @@ def write_report(
     folder: Path,
     scale: str,
     numbers: dict[str, dict],
-    jobs: Sequence[Job],
+    commands: Sequence[Sequence[str]],
     budget: Table,
     facts: Sequence[Sequence[str]],
 ) -> list[Claim]:
@@ -142,7 +143,7 @@ def write_report(
         ]
         blocks += [Figure(f"{name}.png", TITLES[name]), *TABLES.get(name, lambda values: [])(values)]
     blocks += [Heading("Token budget"), budget, Heading("Data, machine, versions"), Table(("what", "value"), facts)]
-    blocks += [Heading("Commands"), Code("\n".join(shlex.join(job.command) for job in jobs))]
+    blocks += [Heading("Commands"), Code("\n".join(shlex.join(command) for command in commands))]
     write_file(folder / "report.md", ("\n\n".join(block.markdown() for block in blocks) + "\n").encode())
     page = "".join(block.html() + "\n" for block in blocks)
     head = '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -195,7 +196,25 @@ def _sweep(values: dict) -> list[Block]:
 
 
 def _nearest(values: dict) -> list[Block]:
-    return []
+    """The most used codes with their nearest text tokens, beside the control's; word-like shares; retrieval."""
+    words, found = values["word_like"], values["retrieval"]
+
+    def tokens(entry: dict) -> str:
+        return ", ".join(f"{token['text']!r} {token['cosine']:.2f}" for token in entry["tokens"][:NEAREST])
+
+    pairs = zip(values["nearest_tokens"][:CODES], values["control"][:CODES], strict=True)
+    nearest = [(own["code"], f"{own['uses']:,}", tokens(own), tokens(other)) for own, other in pairs]
+    shares = [(name, f"{words[name]['share']:.1%}", words[name]["distinct_tokens"]) for name in WORDS]
+    pictures = [
+        (name, f"{found[name]['pictures_found_caption']} of {found[name]['pairs']}", f"{found[name]['chance']:.1%}")
+        for name in WORDS[:2]
+    ]
+    return [
+        Table(("code", "uses", "nearest text tokens", "with shuffled captions"), nearest),
+        Table(("embeddings", "nearest token is word-like", "distinct nearest tokens"), shares),
+        Paragraph(f"Word-like: {words['definition']}. Of the vocabulary: {words['vocabulary']['share']:.1%}. "),
+        Table(("embeddings", "held-out pictures that found their caption", "chance"), pictures),
+    ]
 
 
 TABLES = {"table1": _completions, "fig6": _selective, "fig5": _distances, "sweep": _sweep, "fig7": _nearest}

@@ -33,8 +33,8 @@ def expand(name: str, table: Tensor, vocab: VocabLayout, rule: str, seed: int, f
 
     ``name``: the table's; ``rule`` for new rows: ``random`` (open_lm's initial values, the same as without a
     pre-trained model and the same ``seed``), ``mean`` of the text rows, ``gaussian`` (normal, with the text rows' mean
-    and standard deviation in each dimension) or ``file`` (image rows from ``file``, special rows random). Rows that
-    no id uses keep what the language model has there, or are 0.
+    and standard deviation in each dimension) or ``file`` (image rows from ``file``, special rows random; so are the
+    output's image rows where the file has none). Rows that no id uses keep what the language model has there, or are 0.
     """
     text, (image, image_stop) = vocab.text_tokens, vocab.ranges[1]
     specials = slice(text, text + len(SPECIALS))
@@ -46,7 +46,9 @@ def expand(name: str, table: Tensor, vocab: VocabLayout, rule: str, seed: int, f
     else:
         new = _like_text(name, expanded[:text], vocab.size, rule, seed)
     expanded[specials] = new[specials]
-    expanded[image:image_stop] = new[image:image_stop] if rule != "file" else WeightFiles(file).read(name)
+    expanded[image:image_stop] = new[image:image_stop]
+    if rule == "file" and name in (rows := WeightFiles(file)).specs:
+        expanded[image:image_stop] = rows.read(name)
     return expanded
 
 
@@ -66,9 +68,11 @@ def extend(
 
 
 def require_file(path: str, names: list[str], vocab: VocabLayout, hidden: int) -> None:
-    """Raises DataFileError where ``path`` does not hold image rows for each of the tables ``names``."""
+    """Raises DataFileError where ``path`` does not hold image rows for the tables ``names``; the output may be absent."""
     specs = WeightFiles(path).specs
     for name in names:
+        if name == "output.weight" and name not in specs:
+            continue
         shape = list(specs[name].shape) if name in specs else None
         if shape != [vocab.image_codes, hidden]:
             raise DataFileError(

@@ -49,6 +49,11 @@ def require_fit(settings: Config) -> None:
             raise ConfigError(
                 f"model.pretrained={model.pretrained} has the vocabulary {source.vocab}, the data has {vocab}"
             )
+        if model.expansion == "file":
+            raise ConfigError(
+                f"model.pretrained={model.pretrained} has image rows already, and model.expansion_file="
+                f"{model.expansion_file} would not be used: leave model.expansion and model.expansion_file out"
+            )
         return
     expand.require_fit(source.path, source.rows, vocab)
     if model.expansion == "file":

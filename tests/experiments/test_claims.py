@@ -37,9 +37,9 @@ def test_fig4():
 
 
 def test_table1():
-    def numbers(perplexity: float, accuracy: float) -> dict:
+    def numbers(perplexity: float, accuracy: float, before: float = 0.6) -> dict:
         models = [
-            {"run": "language-model", "accuracy": 0.6},
+            {"run": "language-model", "accuracy": before},
             {"run": "pretrained-0", "accuracy": 0.6},  # an early checkpoint
             {"run": "pretrained-0", "accuracy": accuracy},
             {"run": "random-0", "accuracy": 0.2},
@@ -49,6 +49,7 @@ def test_table1():
 
     assert verdicts("table1", numbers(500.0, 0.3)) == [HOLDS, HOLDS]
     assert verdicts("table1", numbers(60.0, 0.55)) == [FAILS, FAILS]
+    assert verdicts("table1", numbers(60.0, 0.2, before=0.3)) == [FAILS, OPEN]  # 0.3 of 200 is chance
 
 
 def test_fig6():
@@ -61,8 +62,13 @@ def test_fig6():
 
 
 def test_fig7_fig5_and_sweep():
-    same = {"held_out_image_loss": {"aligned": 3.0, "pretrained": 3.1, "random": 3.01}}
-    assert verdicts("fig7", same)[0] == HOLDS
+    def fig7(random: float, z: float) -> dict:
+        words = {name: {"share": 0.3} for name in ("aligned", "shuffled", "random")}
+        words["tests"] = {"aligned against shuffled": {"z": z}}
+        return {"held_out_image_loss": {"aligned": 3.0, "pretrained": 3.1, "random": random}, "word_like": words}
+
+    assert verdicts("fig7", fig7(3.01, -1.0)) == [HOLDS, HOLDS]
+    assert verdicts("fig7", fig7(3.5, 5.0)) == [OPEN, FAILS]
     assert verdicts("fig5", {"fid": paired([12.2, 12.4, 12.1], [12.3, 12.2, 12.2])}) == [HOLDS]
     assert verdicts("fig5", {"fid": paired([12.2, 12.4, 12.1], [13.2, 13.4, 13.2])}) == [FAILS]
     assert verdicts("fig5", {"fid": paired([12.2], [13.2])}) == [OPEN]

@@ -93,9 +93,21 @@ def test_a_file_for_another_codebook_or_model_is_refused(file, vocab, hidden, pr
     expand.require_file(file, [NAME, "output.weight"], VOCAB, 16)
     with pytest.raises(DataFileError, match=problem):
         expand.require_file(file, [NAME], vocab, hidden)
-    safetensors.torch.save_file({NAME: torch.ones(600, 16)}, file)
-    with pytest.raises(DataFileError, match="output.weight has shape None"):
+    safetensors.torch.save_file({"output.weight": torch.ones(600, 16)}, file)
+    with pytest.raises(DataFileError, match="tok_embeddings.weight has shape None"):
         expand.require_file(file, [NAME, "output.weight"], VOCAB, 16)
+    safetensors.torch.save_file({NAME: torch.ones(600, 16), "output.weight": torch.ones(599, 16)}, file)
+    with pytest.raises(DataFileError, match=r"output.weight has shape \[599, 16\]"):
+        expand.require_file(file, [NAME, "output.weight"], VOCAB, 16)
+
+
+def test_a_file_without_the_output_leaves_its_rows_random(table, file):
+    rows = torch.ones(600, 16)
+    safetensors.torch.save_file({NAME: rows}, file)
+    expand.require_file(file, [NAME, "output.weight"], VOCAB, 16)
+    assert torch.equal(expand.expand(NAME, table, VOCAB, "file", 3, file)[512:1112], rows)
+    found = expand.expand("output.weight", table, VOCAB, "file", 3, file)
+    assert torch.equal(found, expand.expand("output.weight", table, VOCAB, "random", 3, None))
 
 
 @pytest.mark.parametrize("rows", [299, 300 + 1025])

@@ -197,6 +197,9 @@ def test_an_exported_run_is_taken_as_it_is(run_config, tmp_path, text_tokens):
         smaller = replace(settings, vocab=replace(settings.vocab, image_codes=39))
         with pytest.raises(ConfigError, match="has the vocabulary .*image_codes=40.*the data has .*image_codes=39"):
             pretrained.require_fit(smaller)
+        unused = replace(settings, model=replace(settings.model, expansion="file", expansion_file="rows.safetensors"))
+        with pytest.raises(ConfigError, match="has image rows already, and model.expansion_file=rows.safetensors"):
+            pretrained.require_fit(unused)
 
 
 def test_what_is_no_model_is_refused(tmp_path):
