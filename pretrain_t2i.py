@@ -43,17 +43,19 @@ def data_provider(config: Config, backend: Backend, groups: ParallelGroups) -> D
         T2IDataset, vocab=config.vocab_layout, sequence_length=data.sequence_length, mode=data.mode, seed=data.seed
     )
     sources = [(dataset(d.prefix, caption_dropout=data.caption_dropout), d.weight) for d in data.train]
-    require_same_tokenizers([d for d, _ in sources])
     train = TrainingData(sources, data.seed, training.global_batch_size)
-    validation = []
-    if data.valid:
-        held_out = dataset(data.valid)
-        require_same_tokenizers([d for d, _ in sources] + [held_out])
-        validation = list(evaluation_batches(held_out, **rank, rows=min(training.evaluate_samples, len(held_out))))
+    held_out = {"valid": dataset(data.valid)} if data.valid else {}
+    if data.valid_text:
+        held_out["valid_text"] = dataset(data.valid_text, mode="text_only")
+    require_same_tokenizers([d for d, _ in sources] + list(held_out.values()))
+    validation = {
+        split: evaluation_batches(d, **rank, rows=min(training.evaluate_samples, len(d)))
+        for split, d in held_out.items()
+    }
     return Data(
         captions={str(d.store.prefix): (len(d), d.cut_captions) for d, _ in sources},
         micro_batches=lambda step: [batch.to(backend.device) for batch in train.micro_batches(step, **rank)],
-        validation=[batch.to(backend.device) for batch in validation],
+        validation={split: [batch.to(backend.device) for batch in batches] for split, batches in validation.items()},
     )
 
 

@@ -81,6 +81,8 @@ class Pipeline:
     @torch.no_grad()
     def next_logits(self, tokens: Tensor, cache: Cache, columns: slice) -> Tensor:
         """As ``GPT.next_logits``, on every rank of one copy of the model, which all must call it."""
+        if self.groups.pipeline_size == 1:
+            return self.model.next_logits(tokens, cache, columns)
         stages = self.groups.pipeline_size * len(self.stages)
         x = None
         for number in range(stages):
@@ -92,7 +94,7 @@ class Pipeline:
             x = self.model.run_stage(self.stages[number], tokens, x, cache)
             if number + 1 < stages and self._peer(number + 1) != self.groups.pipeline_rank:
                 dist.send(x, group=self.groups.pipeline, group_dst=self._peer(number + 1))
-        cache.length += tokens.shape[1]
+        cache.position += tokens.shape[1]
         if self.has_head:
             # contiguous: with tensor parallelism they are columns of a wider tensor, and bytes are sent as they lie
             logits = self.model.last_logits(x, len(tokens), columns).contiguous()
@@ -178,7 +180,7 @@ class _Step:
             self.deferred[stage, micro_batch] = left
 
     def _weights(self, stage: int, micro_batch: int) -> None:
-        for compute in self.deferred.pop((stage, micro_batch)):
+        for compute in self.deferred.pop((stage, micro_batch), ()):  # of layers that do not learn nothing is left
             compute()
 
     def _send(self, what: str, direction: int, stage: int, micro_batch: int) -> None:

@@ -16,7 +16,7 @@ from megat2i.config import Config
 from megat2i.data.manifest import Manifest
 from megat2i.generate import Sampler
 from megat2i.loss import ModalityLoss
-from megat2i.model import pretrained
+from megat2i.model import freezing, pretrained
 from megat2i.model.cost import model_parameters
 from megat2i.model.gpt import GPT
 from megat2i.model.part import Part, part_of
@@ -40,6 +40,7 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
     settings = with_vocabulary(settings)
     backend = Backend.resolve(settings)
     config_rules.validate(settings, backend.world_size)
+    freezing.require_work_for_all(settings)
     run_dir = Path(settings.run.dir)
     run_folder.check(run_dir, settings, resume)
     if settings.model.pretrained and not checkpoint.committed(run_dir / "checkpoints"):
@@ -59,6 +60,7 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
     # a checkpoint replaces every weight: the pre-trained model need not be there any more
     begin = _without_pretrained(settings) if found else settings
     model = provide_model(begin, backend, part_of(settings, groups))
+    freezing.freeze(model, settings.training.trainable)
     engine = _engine(model, settings, backend, groups)
     if found:
         checkpoint.load_engine(found, engine)
@@ -71,6 +73,7 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
             "layout": groups.layout(),
             "parameters_total": model_parameters(settings.model, settings.vocab_layout.size),
             "parameters_per_rank": sum(p.numel() for p in model.parameters()),
+            "parameters_trained": freezing.trained_parameters(settings),
             "resumed_from": str(found.path) if found else None,
             "pretrained": pretrained.digests(begin.model.pretrained) if begin.model.pretrained else None,
         }

@@ -98,7 +98,7 @@ def require_shared(run_dir: Path) -> None:
 def data_identity(settings: Config) -> dict[str, dict[str, str]]:
     """Digests of every dataset: of its index, and of its tokens where a manifest lists them."""
     prefixes = [dataset.prefix for dataset in settings.data.train]
-    prefixes += [settings.data.valid] if settings.data.valid else []
+    prefixes += [prefix for prefix in (settings.data.valid, settings.data.valid_text) if prefix]
     identity = {}
     for prefix in prefixes:
         manifest = Manifest.read(prefix)
@@ -115,7 +115,7 @@ def _file_sha256(path: Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataFileError(path, f"cannot be read: {error.strerror}", "Check data.train and data.valid") from error
+        raise DataFileError(path, f"cannot be read: {error.strerror}", "Check the prefixes in data") from error
 
 
 def _tokenizers(settings: Config) -> dict[str, tuple[str, bytes]]:

@@ -23,6 +23,7 @@ from megat2i.config import Config, VocabConfig
 from megat2i.data.batches import Batch
 from megat2i.kernels import choose_ops
 from megat2i.loss import ModalityLoss, count_tokens
+from megat2i.model.freezing import freeze
 from megat2i.model.gpt import GPT
 from megat2i.model.part import WHOLE_MODEL, Part, part_of
 from megat2i.optim.engine import WEIGHT, Engine
@@ -109,24 +110,24 @@ class _SelfTest:
         self.counts = count_tokens([batch.modality for batch in self.batches])
         model = self._model(WHOLE_MODEL)
         self._accumulate(model, self.batches)
-        self.gradients = {name: p.grad for name, p in model.named_parameters()}
+        self.gradients = _gradients(model)
 
     def tensor_axis(self) -> tuple[float, str]:
         parallel = part_of(self.settings, self.groups).parallel
         model = self._model(Part(parallel, recompute=self.settings.parallel.recompute))
         self._accumulate(model, self.batches)
-        return self._largest(model, {name: p.grad for name, p in model.named_parameters()}, self.gradients)
+        return self._largest(model, _gradients(model), self.gradients)
 
     def pipeline_axis(self) -> tuple[float, str]:
         model = self._model(Part(stages=part_of(self.settings, self.groups).stages))
         pipeline = Pipeline(model, self.groups, self.settings.parallel.schedule)
         pipeline.run_schedule(self.batches, self.loss, self.counts, 1.0)
-        return self._largest(model, {name: p.grad for name, p in model.named_parameters()}, self.gradients)
+        return self._largest(model, _gradients(model), self.gradients)
 
     def data_axis(self) -> tuple[float, str]:
         model = self._model(WHOLE_MODEL)
         self._accumulate(model, self._own_batches())
-        found = {name: p.grad for name, p in model.named_parameters()}
+        found = _gradients(model)
         for gradient in found.values():
             dist.all_reduce(gradient, group=self.groups.data)
         return self._largest(model, found, self.gradients)
@@ -146,7 +147,9 @@ class _SelfTest:
         whole = torch.nn.utils.get_total_norm(list(updates.values())).item()
         errors = [(_finite(abs(found - norm) / norm), "the gradient norm")]
         for fragment, old in zip(masters, before, strict=True):
-            right = fragment.shard.cut(updates[fragment.name]).flatten()[fragment.start :][: len(old)]
+            right = 0.0  # of what does not learn
+            if fragment.name in updates:
+                right = fragment.shard.cut(updates[fragment.name]).flatten()[fragment.start :][: len(old)]
             error = (fragment.values - old - right).norm().item() / whole
             errors.append((_finite(error), f"the update of {fragment.name}"))
         return max(errors)
@@ -156,6 +159,7 @@ class _SelfTest:
         ops = choose_ops(device, dtype)
         model = GPT.empty(settings.model, settings.vocab_layout, ops, device, dtype, part)
         model.initialise(seed=0)
+        freeze(model, settings.training.trainable)
         return model
 
     def _accumulate(self, model: GPT, batches: list[Batch]) -> None:
@@ -175,6 +179,11 @@ class _SelfTest:
             unit = max(right.norm().item(), 1e-3 * expected[name].norm().item())
             errors.append((_finite((tensor - right).norm().item() / unit), f"the gradient of {name}"))
         return max(errors)
+
+
+def _gradients(model: GPT) -> dict[str, Tensor]:
+    """Of the parameters that learn."""
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _finite(error: float) -> float:

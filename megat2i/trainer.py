@@ -65,13 +65,13 @@ def _summed(values: Tensor, *groups: ProcessGroup) -> Tensor:
 
 @dataclass(frozen=True)
 class Data:
-    """Where batches come from: micro-batches of a step, and the fixed validation batches (empty: none).
+    """Where batches come from: micro-batches of a step, and the fixed validation batches of each split.
 
     ``captions``: for every training dataset its number of rows and of captions that do not fit a row.
     """
 
     micro_batches: Callable[[int], list[Batch]]
-    validation: list[Batch]
+    validation: dict[str, list[Batch]]
     captions: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -119,7 +119,7 @@ def train(run: Run, first_step: int) -> None:
         non_finite = 0 if math.isfinite(grad_norm) else non_finite + 1
         if leader:
             tokens_per_s = int(metrics.counts.sum()) / seconds
-            entry = {"step": step, "lr": lr, **metrics.as_dict(), "grad_norm": grad_norm}
+            entry = {"step": step, "lr": lr, **metrics.as_dict(), **run.loss.report(), "grad_norm": grad_norm}
             entry |= {"tokens_per_s": tokens_per_s, "step_s": seconds}
             entry["mfu"] = tokens_per_s * flops / (peak * dist.get_world_size()) if peak else None
             log.write(entry)
@@ -143,10 +143,10 @@ def _after_step(run: Run, step: int, last: bool, log: MetricsLog | None) -> None
     def due(every: int) -> bool:
         return step == training.steps or (every > 0 and step % every == 0)
 
-    if run.data.validation and due(training.evaluate_every):
-        metrics = evaluate(run.pipeline, run.data.validation, run.loss, run.groups)
+    for split, batches in run.data.validation.items() if due(training.evaluate_every) else ():
+        metrics = evaluate(run.pipeline, batches, run.loss, run.groups)
         if log:
-            log.write({"step": step, "split": "valid", **metrics.as_dict()})
+            log.write({"step": step, "split": split, **metrics.as_dict()})
     if run.draw and due(training.sample_every):
         images = run.draw()
         if log:

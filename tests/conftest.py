@@ -4,6 +4,8 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the tests' processes share few cores
 
+import importlib.util
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -143,6 +145,40 @@ def _write_store(prefix: Path, documents, text, image) -> None:
 
 
 @pytest.fixture(scope="session")
+def text_store(tiny_store) -> Path:
+    """Folder of streams of plain text, by the text tokenizer of ``tiny_store``: ``train`` and ``valid``."""
+    from megat2i.data.indexed import IndexedWriter
+    from megat2i.data.manifest import Manifest, Source, TextContent, TokenCounts
+    from megat2i.tokenizers.text import load_text_tokenizer
+
+    tokenizer, folder = load_text_tokenizer(tiny_store / "text.json"), tiny_store / "prose"
+    folder.mkdir()
+    shutil.copy(tokenizer.path, folder)
+    generator = np.random.default_rng(0)
+    for name, documents in (("train", 200), ("valid", 30)):
+        ids = []
+        with IndexedWriter(folder / name, np.uint16) as writer:
+            for _ in range(documents):
+                sentence = " and a ".join(generator.choice(["red circle", "green square", "blue hut"], 3))
+                ids.append(np.array(tokenizer.encode([sentence])[0]))
+                writer.add_document([ids[-1]], None)
+        flat = np.concatenate(ids)
+        text = (tokenizer.vocab_size, int(flat.min()), int(flat.max()), "text.json", tokenizer.kind, tokenizer.sha256)
+        Manifest(
+            documents=documents,
+            sequences=documents,
+            tokens=TokenCounts(len(flat), 0),
+            dtype="uint16",
+            text=TextContent(*text),
+            image=None,
+            sources=(Source("test", documents, size=1),),
+            index_sha256=writer.digests.index_sha256,
+            bin_blocks=writer.digests.bin_blocks,
+        ).write(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def run_config(tiny_config, tiny_store):
     """Function of (run folder) -> Config of a run on ``tiny_store``."""
     from megat2i.tokenizers.text import load_text_tokenizer
@@ -187,6 +223,15 @@ def pretrain(repository, run_config):
 
 
 @pytest.fixture(scope="session")
+def providers(repository):
+    """Of model, data and loss, as ``pretrain_t2i.py`` has them."""
+    spec = importlib.util.spec_from_file_location("pretrain_t2i", repository / "pretrain_t2i.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script.model_provider, script.data_provider, script.loss_provider
+
+
+@pytest.fixture(scope="session")
 def make_training():
     """Function of (engine name or None, Config) -> (pipeline, engine, groups); to be called on every rank."""
     # Slow imports, here once instead of in every forked rank (optimizers load them when first used).
@@ -194,6 +239,7 @@ def make_training():
     import torch._dynamo  # noqa: F401
 
     from megat2i.kernels import choose_ops
+    from megat2i.model.freezing import freeze
     from megat2i.model.gpt import GPT
     from megat2i.model.part import part_of
     from megat2i.optim.deepspeed_engine import DeepSpeedEngine
@@ -208,6 +254,7 @@ def make_training():
         part = part_of(config, groups)
         model = GPT.empty(config.model, config.vocab_layout, choose_ops(device, dtype), device, dtype, part)
         model.initialise(config.model.seed)
+        freeze(model, config.training.trainable)
         pipeline = Pipeline(model, groups, config.parallel.schedule)
         if engine is None:
             return pipeline, None, groups

@@ -189,7 +189,7 @@ def sample(make_training, config: Config, columns: slice) -> np.ndarray:
     cache = pipeline.new_cache(4, 11, first)
     steps = [pipeline.next_logits(tokens[:, :8], cache, columns)]
     steps += [pipeline.next_logits(tokens[:, at : at + 1], cache, columns) for at in range(8, 11)]
-    assert cache.length == 11
+    assert cache.position.item() == 11
     return torch.stack(steps).numpy()
 
 

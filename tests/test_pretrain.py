@@ -2,16 +2,23 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from distributed import RankError, run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megat2i import config
+from megat2i import pretrain as pretrain_module
+from megat2i.runtime import Backend
+from megat2i.topology import ParallelGroups
+from megat2i.vocab import SPECIAL, TEXT
 
 pytestmark = pytest.mark.slow
 
@@ -240,6 +247,83 @@ def test_resuming_a_run_whose_checkpoints_are_all_damaged_is_refused(started, tm
     (tmp_path / "run" / "checkpoints" / "step-2" / "manifest.json").write_text("{}")
     assert "checkpoints" in refusal(started(tmp_path / "run", "--resume"))
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def provided(run_config, providers, text_store):
+    """Function of (key of data, value) -> the validation batches of one process."""
+
+    def provide(**changes):
+        config = run_config(text_store)
+        config = replace(config, data=replace(config.data, **changes))
+
+        def on_rank():
+            return providers[1](config, Backend.resolve(config), ParallelGroups.create(config.parallel)).validation
+
+        return run_ranks(1, on_rank)[0]
+
+    return provide
+
+
+def test_held_out_text_is_text_alone(provided, text_store, tiny_store):
+    validation = provided(valid_text=str(text_store / "valid"))
+    assert list(validation) == ["valid", "valid_text"]
+    assert all((batch.modality == TEXT).all() and (batch.labels < 300).all() for batch in validation["valid_text"])
+    captions = provided(valid=None, valid_text=str(tiny_store / "valid"))["valid_text"]
+    assert {int(code) for batch in captions for code in batch.modality.unique()} == {-1, TEXT, SPECIAL}
+    assert sum(len(batch.samples) for batch in captions) == 5
+    assert provided(valid=None) == {}
+    images = provided(mode="image_only", caption_dropout=0.0, valid_text=str(text_store / "valid"))
+    assert (images["valid_text"][0].modality == TEXT).all() and not (images["valid"][0].modality == TEXT).any()
+
+
+@pytest.mark.parametrize(("field", "value", "problem"), [
+    ("sha256", "0" * 64, "its text tokenizer differs"),
+    ("vocab_size", 299, "vocab_size is 299, vocab.text_tokens"),
+])  # fmt: skip
+def test_held_out_text_of_another_tokenizer_is_refused(provided, text_store, tmp_path, field, value, problem):
+    shutil.copytree(text_store, tmp_path / "prose")
+    manifest = tmp_path / "prose" / "valid.json"
+    content = json.loads(manifest.read_text())
+    content["text"][field] = value
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(RankError, match=problem):
+        provided(valid_text=str(tmp_path / "prose" / "valid"))
+
+
+def test_a_selective_run_with_held_out_text(started, launcher, text_store, tmp_path):
+    """Under two ranks, one with the embedding and one with the output, as in one process."""
+    arguments = ("training.trainable=embeddings", f"data.valid_text={text_store / 'valid'}",
+                 "training.evaluate_every=2", "training.evaluate_samples=7", "training.steps=3")  # fmt: skip
+    finish(started(tmp_path / "one", *arguments))
+    pipeline = ("parallel.pipeline=2", "parallel.schedule=zero_bubble")
+    finish(started(tmp_path / "run", *arguments, *pipeline, launcher=launcher))
+    found, expected = without_times(tmp_path / "run"), without_times(tmp_path / "one")
+    order = [(1, None), (2, None), (2, "valid"), (2, "valid_text"), (3, None), (3, "valid"), (3, "valid_text")]
+    assert [(entry["step"], entry.get("split")) for entry in found] == order
+    for entry, other in zip(found, expected, strict=True):
+        assert [entry["loss"], entry["loss/text"]] == pytest.approx([other["loss"], other["loss/text"]], rel=1e-5)
+        if entry.get("split") == "valid_text":
+            assert (entry["tokens/text"], entry["tokens/image"], entry["tokens/special"]) == (7 * 24, 0, 0)
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    settings = config.load(tmp_path / "run" / "config.yaml")
+    assert environment["parameters_trained"] == 2 * settings.vocab_layout.size * settings.model.hidden
+    assert str(text_store / "valid") in json.loads((tmp_path / "run" / "data.json").read_text())
+
+
+def test_a_pipeline_rank_with_nothing_to_train_is_refused_before_anything_starts(run_config, tmp_path, monkeypatch):
+    settings = run_config(tmp_path / "run")
+    settings = replace(
+        settings,
+        model=replace(settings.model, layers=3),
+        parallel=replace(settings.parallel, pipeline=3),
+        training=replace(settings.training, trainable="embeddings"),
+    )
+    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(config.ConfigError, match="training.trainable=embeddings with parallel.pipeline=3"):
+        pretrain_module.pretrain(settings, False, (None, None, None))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_line(started, tmp_path):

@@ -16,12 +16,13 @@ from megat2i.trainer import RunError
 
 
 @pytest.fixture
-def settings(run_config, tiny_store, tmp_path):
+def settings(run_config, tiny_store, text_store, tmp_path):
     """A run on a copy of the tiny store, which a test may change."""
     shutil.copytree(tiny_store, tmp_path / "data")
     config = run_config(tmp_path / "run")
     train = [DatasetConfig(str(tmp_path / "data/train"))]
-    return replace(config, data=replace(config.data, train=train, valid=str(tmp_path / "data/valid")))
+    held_out = {"valid": str(tmp_path / "data/valid"), "valid_text": str(tmp_path / "data/prose/valid")}
+    return replace(config, data=replace(config.data, train=train, **held_out))
 
 
 def write(settings, **environment) -> None:
@@ -39,7 +40,7 @@ def test_the_same_run_may_be_resumed(settings):
     assert {path.name for path in (folder(settings) / "tokenizers").rglob("*.*")} == {"text.json", "image.safetensors"}
 
 
-@pytest.mark.parametrize("split", ["train", "valid"])
+@pytest.mark.parametrize("split", ["train", "valid", "prose/valid"])
 def test_changed_data_under_the_same_name_is_refused(settings, tmp_path, split):
     write(settings)
     manifest = tmp_path / f"data/{split}.json"
@@ -55,6 +56,11 @@ def test_a_changed_setting_is_refused_and_an_execution_setting_is_not(settings):
     other = replace(settings, model=replace(settings.model, seed=5))
     with pytest.raises(RunError, match="model.seed: 0 -> 5"):
         run_folder.check(folder(settings), other, resume=True)
+    other = replace(settings, training=replace(settings.training, trainable="embeddings"))
+    with pytest.raises(RunError, match="training.trainable: all -> embeddings"):
+        run_folder.check(folder(settings), other, resume=True)
+    with pytest.raises(RunError, match="data.valid_text: .* -> None"):
+        run_folder.check(folder(settings), replace(settings, data=replace(settings.data, valid_text=None)), resume=True)
     run_folder.check(folder(settings), replace(settings, training=replace(settings.training, stop_at=3)), resume=True)
 
 

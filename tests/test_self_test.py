@@ -27,12 +27,13 @@ LAYOUTS = {
 
 @pytest.fixture
 def settings(tiny_config, make_training):  # make_training: its slow imports, before the ranks are forked
-    def make(layout: str, engine: str = "torch", dtype: str = "bfloat16") -> Config:
+    def make(layout: str, engine: str = "torch", dtype: str = "bfloat16", trainable: str = "all") -> Config:
         return replace(
             tiny_config,
             runtime=replace(tiny_config.runtime, dtype=dtype),
             model=replace(tiny_config.model, qk_norm=True, positions="rotary"),
             optimizer=replace(tiny_config.optimizer, engine=engine, clip=0.1),
+            training=replace(tiny_config.training, trainable=trainable),
             parallel=LAYOUTS[layout][1],
         )
 
@@ -55,6 +56,28 @@ def start(settings: Config) -> str:
 )
 def test_a_sound_launch_passes(settings, layout, engine):
     assert set(run_ranks(LAYOUTS[layout][0], start, settings(layout, engine))) == {""}
+
+
+@pytest.mark.parametrize(
+    ("layout", "engine", "trainable"),
+    [("pipeline", "torch", "embeddings"), ("tensor", "deepspeed", "embeddings_norms_feed_forward")],
+)
+def test_it_trains_what_the_run_trains(settings, monkeypatch, layout, engine, trainable):
+    chosen, sound, policies = settings(layout, engine, trainable=trainable), self_test.freeze, []
+
+    def noted(model, policy):
+        policies.append(policy)
+        sound(model, policy)
+
+    monkeypatch.setattr(self_test, "freeze", noted)
+    assert run_ranks(2, lambda: (start(chosen), set(policies))) == [("", {trainable})] * 2
+    monkeypatch.setattr(pipeline.Pipeline, "run_schedule", scaled(pipeline.Pipeline.run_schedule))
+    assert all("differs" in error for error in run_ranks(2, start, chosen))
+
+
+def scaled(run_schedule):
+    """The mistake of a gradient that is a little too large."""
+    return lambda self, batches, loss, counts, scale: run_schedule(self, batches, loss, counts, 1.01 * scale)
 
 
 def refused(errors: list[str], what: str) -> None:

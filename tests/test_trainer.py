@@ -15,6 +15,7 @@ from megat2i.loss import ModalityLoss, count_tokens
 from megat2i.optim.engine import EXP_AVG
 from megat2i.runtime import Backend
 from megat2i.trainer import Data, Run, evaluate, train_step
+from megat2i.vocab import IGNORE, TEXT
 
 # (engine, ranks, micro-batch): the first is the oracle, one process with one big batch
 ORACLE = ("torch", 1, 8)
@@ -227,9 +228,12 @@ def test_a_batch_without_positions_of_weight_is_an_error(make_training, make_bat
 
 
 def run_loop(make_training, make_batches, config, draw=None, engine="torch"):
-    """``trainer.train`` over random batches from step 0, with one validation batch."""
+    """``trainer.train`` over random batches from step 0, with one validation batch, and one with its text alone."""
     pipeline, engine, groups = make_training(engine, config)
-    data = Data(lambda step: make_batches(config, step), make_batches(config, 99)[:1])
+    batch = make_batches(config, 99)[0]
+    labels = torch.where(batch.modality == TEXT, batch.labels, IGNORE)
+    text = replace(batch, labels=labels, modality=torch.where(labels == IGNORE, -1, batch.modality))
+    data = Data(lambda step: make_batches(config, step), {"valid": [batch], "valid_text": [text]})
     loss = ModalityLoss((1.0, 1.0, 1.0))
     trainer.train(Run(config, pipeline, engine, data, loss, groups, Backend.resolve(config), draw), 0)
 
@@ -263,7 +267,12 @@ def test_the_loop_does_what_is_due(make_training, make_batches, configure, tmp_p
     assert run_ranks(1, run) == [2]  # at 5 and at the end
     entries = lines(tmp_path)
     assert [entry["step"] for entry in entries if "split" not in entry] == [1, 2, 3, 4, 5, 6]
-    assert [entry["step"] for entry in entries if entry.get("split") == "valid"] == [4, 6]
+    valid, text = ([entry for entry in entries if entry.get("split") == split] for split in ("valid", "valid_text"))
+    assert [entry["step"] for entry in valid] == [entry["step"] for entry in text] == [4, 6]
+    for entry, other in zip(text, valid, strict=True):
+        assert entry["loss"] == entry["loss/text"] == pytest.approx(other["loss/text"]) != pytest.approx(other["loss"])
+        assert entry["tokens/text"] == other["tokens/text"] > 0 == entry["tokens/image"]
+        assert entry["ppl/image"] is entry["loss/image"] is entry["loss/special"] is None
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-4", "step-6"]
     assert entries[0]["lr"] == pytest.approx(0.5e-2)
 

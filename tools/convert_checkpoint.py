@@ -5,7 +5,8 @@
   python tools/convert_checkpoint.py --from run runs/mine runs/more --to run --config configs/more.yaml
 
 The first makes a folder for ``model.pretrained`` of a run and prints the section ``model`` that goes with it (a Hugging
-Face folder needs no conversion). The second makes one that transformers, vLLM and lm-eval open; it holds
+Face folder needs no conversion). So does ``--from run`` alone; of a run with ``data.mode=text_only`` it keeps the rows
+of text ids only, as of any language model. The second makes one that transformers, vLLM and lm-eval open; it holds
 ``megat2i_vocab.json``, which says how ids of the run became ids of the export. The third makes a run that ``--resume``
 continues with more image codes: they get rows by ``model.expansion``, and 0 as their optimizer state. Nothing in a file
 is executed.
@@ -14,6 +15,7 @@ is executed.
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -26,7 +28,7 @@ from megat2i.checkpoint import CheckpointError
 from megat2i.config import Config, ConfigError, ModelConfig
 from megat2i.files import DataFileError, pending_folder
 from megat2i.model import expand, huggingface, open_lm, weights
-from megat2i.model.pretrained import open_pretrained, shape_differences
+from megat2i.model.pretrained import TOKENIZER, open_pretrained, shape_differences
 from megat2i.model.weights import TABLES, ModelWeights
 from megat2i.optim.engine import WEIGHT
 from megat2i.pretrain import with_vocabulary
@@ -77,10 +79,14 @@ def main() -> None:
     else:
         source, run = open_run(arguments.input)
     if arguments.target == "megat2i":
+        text_only = run is not None and run.data.mode == "text_only"
+        source = language_model(source) if text_only else source
         origin = {"from": arguments.source, "name": arguments.input.name}
         if arguments.input.is_file():
             origin["sha256"] = file_sha256(arguments.input)
         weights.save(source, arguments.output, origin)
+        for tokenizer in (arguments.input / "tokenizers" / "text").glob("*.json") if text_only else ():
+            shutil.copyfile(tokenizer, arguments.output / TOKENIZER)  # a run from here must have the same
         print(f"{arguments.output}: start a run from it with this section of its configuration:\n")
         print(model_section(source.shape, arguments.output), end="")
         return
@@ -113,6 +119,16 @@ def open_run(folder: Path) -> tuple[ModelWeights, Config]:
     dtypes = dict.fromkeys(checkpoint.weight_shapes(found), torch.float32)
     read = partial(checkpoint.read_tensor, found)
     return ModelWeights(folder, settings.model, vocab.size, dtypes, read, vocab), settings
+
+
+def language_model(source: ModelWeights) -> ModelWeights:
+    """A model that was trained on text alone without its rows of special tokens and image codes, which mean nothing."""
+    rows = source.vocab.text_tokens
+
+    def read(name: str) -> torch.Tensor:
+        return source.read(name)[: rows if name in TABLES else None]
+
+    return dataclasses.replace(source, rows=rows, read=read, vocab=None)
 
 
 def extend_run(folder: Path, output: Path, path: Path) -> None:

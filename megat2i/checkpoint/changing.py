@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megat2i.checkpoint.folder import Checkpoint, write_manifest, write_rank
 from megat2i.checkpoint.loading import read_tensor
-from megat2i.optim.engine import KINDS, Fragment
+from megat2i.optim.engine import Fragment
 from megat2i.parallel.shard import Shard
 
 
@@ -18,13 +18,15 @@ def write_changed(found: Checkpoint, folder: Path, change: Callable[[str, str, T
     """
     target = folder / f"step-{found.step}"
     target.mkdir(parents=True)
-    names = sorted({part["name"] for part in found.manifest["parts"]})
-    for number, name in enumerate(names):
+    kinds: dict[str, set[str]] = {}
+    for part in found.manifest["parts"]:
+        kinds.setdefault(part["name"], set()).add(part["kind"])
+    for number, name in enumerate(sorted(kinds)):
         fragments = []
-        for kind in KINDS:
+        for kind in sorted(kinds[name]):
             values = change(name, kind, read_tensor(found, name, kind))
             shard = Shard.whole(tuple(values.shape))
             fragments.append(Fragment(name, kind, shard, 0, values.contiguous().view(-1), written=True))
         write_rank(target, number, fragments)
     content = {key: found.manifest[key] for key in ("step", "optimizer_updates", "written_by")}
-    write_manifest(target, len(names), content)
+    write_manifest(target, len(kinds), content)

@@ -100,7 +100,7 @@ def write_rank(folder: Path, rank: int, fragments: list[Fragment]) -> None:
     tensors, parts = {}, []
     for fragment in fragments:
         for offset in range(0, fragment.values.numel(), PART_ELEMENTS):
-            values = fragment.values[offset : offset + PART_ELEMENTS].detach().cpu()
+            values = fragment.values[offset : offset + PART_ELEMENTS].detach().cpu().float()
             start = fragment.start + offset
             key = f"{fragment.kind}/{fragment.name}/{start}"
             tensors[key] = values

@@ -67,10 +67,12 @@ def load_engine(checkpoint: Checkpoint, engine: Engine) -> None:
     Raises CheckpointError, before anything is changed, where the checkpoint lacks state of this model or holds state
     that no rank has a place for; and where a part turns out to be damaged.
     """
-    names = sorted({part["name"] for part in checkpoint.manifest["parts"]})
-    known = any_rank([name in engine.parameters for name in names])  # a pipeline stage knows its own layers only
+    saved = sorted({(part["kind"], part["name"]) for part in checkpoint.manifest["parts"]})
+    held = {(fragment.kind, fragment.name) for fragment in engine.fragments()}
+    known = any_rank([state in held for state in saved])  # a pipeline stage knows its own layers only
     if not all(known):
-        raise CheckpointError(f"{checkpoint.path} holds {names[known.index(False)]}, which this model does not have")
+        kind, name = saved[known.index(False)]
+        raise CheckpointError(f"{checkpoint.path} holds {kind} of {name}, which this run does not have")
     copies: list[_Copy] = []
     together(lambda: copies.extend(_plan(checkpoint, engine.fragments())), f"cannot load {checkpoint.path}")
     together(lambda: _carry_out(checkpoint, copies), f"cannot load {checkpoint.path}")

@@ -19,14 +19,18 @@ class Part(NamedTuple):
 WHOLE_MODEL = Part()
 
 
+def all_stages(settings: Config) -> tuple[StageLayers, ...]:
+    """The stages of the whole pipeline; rank r of P holds every P-th from the r-th."""
+    columns = sum(stop - start for start, stop in settings.vocab_layout.ranges)
+    number = settings.parallel.pipeline * settings.parallel.virtual_stages
+    return partition(settings.model, columns, settings.data.sequence_length, number)
+
+
 def part_of(settings: Config, groups: ParallelGroups) -> Part:
     """The part of this rank under ``settings.parallel``."""
     parallel = settings.parallel
-    columns = sum(stop - start for start, stop in settings.vocab_layout.ranges)
-    number = groups.pipeline_size * parallel.virtual_stages
-    stages = partition(settings.model, columns, settings.data.sequence_length, number)
     return Part(
         TensorParallel(groups.tensor, groups.tensor_rank, groups.tensor_size, parallel.sequence),
-        stages[groups.pipeline_rank :: groups.pipeline_size],
+        all_stages(settings)[groups.pipeline_rank :: groups.pipeline_size],
         parallel.recompute,
     )

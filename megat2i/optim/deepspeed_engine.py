@@ -16,7 +16,7 @@ import torch
 from megat2i.config import OptimizerConfig, TrainingConfig
 from megat2i.kernels.optimizer import choose_adamw
 from megat2i.model.gpt import GPT
-from megat2i.optim.engine import EXP_AVG, EXP_AVG_SQ, WEIGHT, Fragment, first_of_tensor_copies
+from megat2i.optim.engine import EXP_AVG, EXP_AVG_SQ, WEIGHT, Fragment, first_of_tensor_copies, frozen_weights
 from megat2i.topology import ModelParallelUnit, ParallelGroups
 
 REDUCE_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
@@ -72,6 +72,7 @@ class DeepSpeedEngine:
         self.zero = self.engine.optimizer
         self.adam = self.zero.optimizer
         self.parameters, self.shards, self.groups = parameters, model.shards(), groups
+        self.frozen = frozen_weights(model, self.shards, groups)
         self.masters = self.zero.fp32_groups_flat_partition if bfloat16 else self.zero.single_partition_of_fp32_groups
         if len(self.masters) != 1:
             raise RuntimeError(f"expected one parameter group in ZeRO, found {len(self.masters)}")
@@ -94,7 +95,7 @@ class DeepSpeedEngine:
             state["step"] = torch.tensor(0.0, device=master.device)
             state[EXP_AVG], state[EXP_AVG_SQ] = torch.zeros_like(master), torch.zeros_like(master)
         sources = ((WEIGHT, master.data), (EXP_AVG, state[EXP_AVG]), (EXP_AVG_SQ, state[EXP_AVG_SQ]))
-        fragments = []
+        fragments = list(self.frozen)
         for name, _, in_parameter, in_flat in self._owned():
             shard = self.shards[name]
             written = first_of_tensor_copies(shard, self.groups)

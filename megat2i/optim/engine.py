@@ -18,7 +18,8 @@ class Fragment:
 
     ``kind``: the float32 master weight or one of Adam's moments. ``shard``: the part of the global tensor that this
     rank's local one is. ``values``: a 1-D float32 view of the live state, elements ``start`` .. ``start + len(values)``
-    of the flattened local tensor. ``written``: whether this rank saves them; of equal copies one rank does.
+    of the flattened local tensor; of a weight that does not learn a view of the model's own, in its dtype. ``written``:
+    whether this rank saves them; of equal copies one rank does.
     """
 
     name: str
@@ -39,17 +40,25 @@ def first_of_tensor_copies(shard: Shard, groups: ParallelGroups) -> bool:
     return groups.tensor_rank == 0 or not shard.is_whole
 
 
+def frozen_weights(model: nn.Module, shards: dict[str, Shard], groups: ParallelGroups) -> list[Fragment]:
+    """The weights of ``model`` that do not learn: all the state that they have, and part of every checkpoint."""
+    first = groups.data_rank == 0
+    return [
+        Fragment(name, WEIGHT, shards[name], 0, p.data.view(-1), first and first_of_tensor_copies(shards[name], groups))
+        for name, p in model.named_parameters()
+        if not p.requires_grad
+    ]
+
+
 class Engine(Protocol):
-    """Reduces gradients over data-parallel ranks, clips, updates and zeroes them.
+    """Reduces gradients over data-parallel ranks, clips, updates and zeroes them: those of parameters that learn.
 
     ``loss_scale``: the factor on each rank's share of the objective with which the reduced gradient is the gradient of
-    the whole objective. ``updates``: optimizer updates so far (Adam's step count). ``parameters``: what is trained, by
-    global name.
+    the whole objective. ``updates``: optimizer updates so far (Adam's step count).
     """
 
     loss_scale: float
     updates: int
-    parameters: dict[str, nn.Parameter]
 
     def step(self, lr: float) -> float:
         """One update at ``lr``; returns the global gradient norm before clipping. Non-finite norms change nothing."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megat2i.config import OptimizerConfig, TrainingConfig
 from megat2i.kernels.optimizer import choose_adamw
 from megat2i.model.gpt import GPT
-from megat2i.optim.engine import EXP_AVG, EXP_AVG_SQ, WEIGHT, Fragment, first_of_tensor_copies
+from megat2i.optim.engine import EXP_AVG, EXP_AVG_SQ, WEIGHT, Fragment, first_of_tensor_copies, frozen_weights
 from megat2i.optim.gradients import GradientSums
 from megat2i.runtime import DTYPES
 from megat2i.topology import ParallelGroups
@@ -24,6 +24,7 @@ class TorchEngine:
     def __init__(self, model: GPT, optimizer: OptimizerConfig, training: TrainingConfig, groups: ParallelGroups):
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.shards = model.shards()
+        self.frozen = frozen_weights(model, self.shards, groups)
         self.masters = {
             name: p.data if p.dtype == torch.float32 else p.data.float() for name, p in self.parameters.items()
         }
@@ -61,7 +62,7 @@ class TorchEngine:
         """The norm of the whole model's gradient; of equal copies on tensor-parallel ranks one counts."""
         groups = self.groups
         counted = [g for name, g in self.gradients.items() if first_of_tensor_copies(self.shards[name], groups)]
-        norm = nn.utils.get_total_norm(counted)
+        norm = nn.utils.get_total_norm(counted).to(self.sums.buckets[0].device)  # of nothing, it is on the CPU
         if groups.model.size() == 1:
             return norm
         square = norm.double().square()
@@ -70,7 +71,7 @@ class TorchEngine:
 
     def fragments(self) -> list[Fragment]:
         """See ``Engine.fragments``: data-parallel ranks hold copies, the first one writes them."""
-        fragments = []
+        fragments = list(self.frozen)
         for name, master in self.masters.items():
             shard, state = self.shards[name], self._state(master)
             written = self.groups.data_rank == 0 and first_of_tensor_copies(shard, self.groups)

@@ -60,7 +60,7 @@ class NumberedEngine:
         self.numbers = {name: number for number, name in enumerate(splits)}
         mine = {name: split for name, split in splits.items() if int(split.stage * layout.pipeline) == stage}
         shards = {name: split.shard(tensor, layout.tensor) for name, split in mine.items()}
-        self.parameters, self.updates, self.parts = tuple(mine), 0, []
+        self.updates, self.parts = 0, []
         total = sum(prod(shard.local_shape) for shard in shards.values())
         share = -(-total // layout.data) if layout.zero else total
         first = share * data if layout.zero else 0

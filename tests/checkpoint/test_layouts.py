@@ -13,7 +13,10 @@ from megat2i import checkpoint
 from megat2i.checkpoint.folder import part_boxes
 from megat2i.config import Config
 from megat2i.loss import ModalityLoss
-from megat2i.optim.engine import KINDS
+from megat2i.model.freezing import is_trainable
+from megat2i.model.gpt import initial_values
+from megat2i.optim.engine import EXP_AVG_SQ, KINDS, WEIGHT
+from megat2i.runtime import DTYPES
 from megat2i.trainer import train_step
 
 LOSS = ModalityLoss((1.0, 1.0, 1.0))
@@ -264,3 +267,64 @@ def test_where_no_sum_changes_its_order_another_layout_gives_the_same_bits(
     for name, chain in (("unchanged", [LAYOUTS[0]] * 3), ("changed", [LAYOUTS[0], middle, LAYOUTS[0]])):
         records_of_a_chain(on_layout, tmp_path / name, chain, **changes)
     assert_same_state(tmp_path / "unchanged", tmp_path / "changed", 3 * STEPS)
+
+
+SELECTIVE = {"training": {"trainable": "embeddings_norms_first_half"}}
+SELECTIVE_LAYOUTS = [LAYOUTS[1], LAYOUTS[6], LAYOUTS[0]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_do_not_learn_are_in_every_checkpoint(on_layout, tiny_config, tmp_path, dtype):
+    """... with the bits of the beginning and no moments, whatever layouts they went through and how they were saved."""
+
+    def write_in_the_background(train, engine):
+        train(0, STEPS)
+        checkpoint.save(tmp_path / "background", STEPS, engine, "", keep=1, background=True)
+        checkpoint.finish()
+        save(tmp_path / "0", STEPS, engine)
+
+    on_layout(SELECTIVE_LAYOUTS[0], dtype, write_in_the_background, **SELECTIVE)
+    assert_same_state(tmp_path / "background", tmp_path / "0")
+    written = checkpoint.latest_here(tmp_path / "0")
+    checkpoint.write_changed(written, tmp_path / "again", lambda name, kind, values: values)
+    assert_same_state(tmp_path / "again", tmp_path / "0")
+    for number, layout in enumerate(SELECTIVE_LAYOUTS[1:]):
+        on_layout(layout, dtype, copy([tmp_path / str(number)], [tmp_path / str(number + 1)]), **SELECTIVE)
+        assert_same_state(tmp_path / "0", tmp_path / str(number + 1))
+    frozen = 0
+    for (name, kind), values in global_state(tmp_path / "0", STEPS).items():
+        if is_trainable(name, SELECTIVE["training"]["trainable"], 4):
+            assert kind != EXP_AVG_SQ or values.any() or "norm" in name
+            continue
+        start = initial_values(name, values.shape, tiny_config.model.seed).to(DTYPES[dtype]).float().numpy()
+        assert kind == WEIGHT and values.tobytes() == start.tobytes(), (name, kind)
+        frozen += 1
+    assert frozen == 8  # the four matrices of two layers
+
+
+@pytest.mark.slow
+def test_a_selective_run_that_changes_its_layout_is_the_unchanged_run(on_layout, tmp_path):
+    unchanged = records_of_a_chain(on_layout, tmp_path / "unchanged", [LAYOUTS[0]] * 3, **SELECTIVE)
+    changed = records_of_a_chain(on_layout, tmp_path / "changed", SELECTIVE_LAYOUTS, **SELECTIVE)
+    np.testing.assert_allclose(changed, unchanged, rtol=1e-5)
+    other = records_of_a_chain(on_layout, tmp_path / "other", [LAYOUTS[0]])
+    assert not np.allclose(other[1], unchanged[1], rtol=1e-4)  # another policy would show
+
+
+@pytest.mark.parametrize(
+    ("written", "read", "problem"),
+    [
+        ({}, SELECTIVE, "holds exp_avg of layers.2.attention.in_proj.weight, which this run does not have"),
+        (SELECTIVE, {}, r"of layers.2.attention.in_proj.weight \(exp_avg\) are missing"),
+    ],
+    ids=["all to selective", "selective to all"],
+)
+def test_a_checkpoint_of_another_policy_is_refused(on_layout, tmp_path, written, read, problem):
+    on_layout(LAYOUTS[0], "float32", write(tmp_path), **written)
+
+    def refused(_, engine):
+        with pytest.raises(checkpoint.CheckpointError, match=problem):
+            checkpoint.load_engine(checkpoint.latest(tmp_path, pytest.fail), engine)
+
+    on_layout(LAYOUTS[0], "float32", refused, **read)

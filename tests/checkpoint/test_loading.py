@@ -21,7 +21,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         with pytest.raises(CheckpointError, match=r"elements \[0, 0\] to \[9, 4\] of v"):
             checkpoint.load_engine(checkpoint.open_checkpoint(tmp_path / "step-3"), wider)
         assert all(torch.isnan(part.values).all() for part in wider.fragments()), "changed before it was refused"
-        with pytest.raises(CheckpointError, match="holds w, which this model does not have"):
+        with pytest.raises(CheckpointError, match="holds exp_avg of w, which this run does not have"):
             checkpoint.load_engine(
                 checkpoint.open_checkpoint(tmp_path / "step-3"), NumberedEngine({"v": Split((300,))}, Layout())
             )

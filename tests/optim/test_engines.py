@@ -8,6 +8,9 @@ import torch
 from distributed import RankError, run_ranks
 
 from megat2i.loss import ModalityLoss
+from megat2i.model import freezing
+from megat2i.model.freezing import freeze, is_trainable
+from megat2i.model.weights import TABLES
 from megat2i.optim.engine import EXP_AVG, EXP_AVG_SQ, KINDS, WEIGHT
 from megat2i.optim.torch_engine import TorchEngine
 from megat2i.trainer import train_step
@@ -176,21 +179,79 @@ def test_loaded_refreshes_the_weights_and_the_step_count(make_training, make_bat
         assert not all(same for same, _ in run_ranks(ranks, run, "not told"))
 
 
-def test_frozen_parameters_stay_as_they_are(make_training, make_batches, configure):
-    """The engine takes the parameters that need gradients, and no others."""
+def train_selectively(make_training, make_batches, config, engine_name, late=False):
+    """Two steps of this rank: names of what changed, of what has state, and the sizes of state.
 
-    def run():
-        config = configure(weight_decay=0.5)
-        pipeline, _, groups = make_training(None, config)
-        model = pipeline.model
-        model.tok_embeddings.weight.requires_grad_(False)
-        engine = TorchEngine(model, config.optimizer, config.training, groups)
-        before = model.tok_embeddings.weight.clone()
-        train_step(pipeline, engine, make_batches(config, 0), LOSS, groups, 1e-2)
-        assert torch.equal(before, model.tok_embeddings.weight)
-        assert "tok_embeddings.weight" not in {part.name for part in engine.fragments()}
+    ``late``: the mistake of freezing when the engine has taken everything already.
+    """
+    policy, everything = config.training.trainable, replace(config.training, trainable="all")
+    pipeline, engine, groups = make_training(engine_name, replace(config, training=everything) if late else config)
+    freeze(pipeline.model, policy)
+    parameters = dict(pipeline.model.named_parameters())
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    for step in range(2):
+        batches = make_batches(config, step, groups.data_rank, groups.data_size)
+        train_step(pipeline, engine, batches, LOSS, groups, 1e-2)
+    moments = [t for state in engine.adam.state.values() for t in state.values() if torch.is_tensor(t) and t.dim()]
+    masters = engine.masters.values() if isinstance(engine, TorchEngine) else engine.masters
+    return {
+        "sizes": {name: p.numel() for name, p in parameters.items()},
+        "changed": {name for name, p in parameters.items() if not torch.equal(p, before[name])},
+        "moments": {part.name for part in engine.fragments() if part.kind == EXP_AVG},
+        "weights": {part.name for part in engine.fragments() if part.kind == WEIGHT},
+        "elements": (sum(t.numel() for t in moments), sum(t.numel() for t in masters)),
+    }
 
-    run_ranks(1, run)
+
+def assert_selective(results: list[dict], policy: str, copies: int) -> None:
+    """``copies`` of the state of exactly what learns, apart from a little padding; every weight in the checkpoint."""
+    sizes = results[0]["sizes"]
+    learn = {name for name in sizes if is_trainable(name, policy, 2)}
+    assert all(result["changed"] == learn for result in results)
+    assert set().union(*(result["moments"] for result in results)) == learn < set(sizes)
+    assert set().union(*(result["weights"] for result in results)) == set(sizes)
+    expected = copies * sum(sizes[name] for name in learn)
+    moments, masters = (sum(result["elements"][n] for result in results) for n in range(2))
+    assert 2 * expected <= moments <= 2 * expected + 16 * len(results)
+    assert expected <= masters <= expected + 8 * len(results)
+
+
+@pytest.mark.parametrize(("engine", "ranks"), ENGINES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("policy", ["embeddings", "embeddings_norms_feed_forward"])
+def test_what_does_not_learn_has_no_state_and_keeps_its_bits(
+    make_training, make_batches, configure, engine, ranks, dtype, policy
+):
+    """... under weight decay too."""
+    config = configure(dtype, weight_decay=0.5)
+    config = replace(config, training=replace(config.training, trainable=policy))
+    results = run_ranks(ranks, train_selectively, make_training, make_batches, config, engine)
+    assert_selective(results, policy, copies=ranks if engine == "torch" else 1)  # ZeRO shares the state
+
+
+@pytest.mark.parametrize("mistake", ["one learns", "late"])
+def test_what_learns_against_the_policy_is_noticed(make_training, make_batches, configure, monkeypatch, mistake):
+    config = configure(weight_decay=0.5)
+    config = replace(config, training=replace(config.training, trainable="embeddings"))
+    if mistake == "one learns":
+        monkeypatch.setattr(freezing, "is_trainable", lambda name, *_: name in (*TABLES, "norm.bias"))
+    results = run_ranks(1, train_selectively, make_training, make_batches, config, "torch", mistake == "late")
+    with pytest.raises(AssertionError):
+        assert_selective(results, "embeddings", 1)
+
+
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_the_norm_is_of_what_learns(make_training, make_batches, configure, engine, clip):
+    config = configure(clip=clip, weight_decay=0.0, beta1=0.8)
+    config = replace(config, training=replace(config.training, trainable="embeddings_norms"))
+    (result,) = run_ranks(1, one_step, make_training, make_batches, config, engine)
+    gradients = [part for (kind, _), (_, part) in result["state"].items() if kind == EXP_AVG]
+    norm = np.sqrt(sum(float((values.astype(np.float64) ** 2).sum()) for part in gradients for _, values in part)) / 0.2
+    reported = result["norms"][0]
+    assert reported > 0.2 and norm == pytest.approx(clip or reported, rel=1e-4)
+    (whole,) = run_ranks(1, one_step, make_training, make_batches, configure(clip=clip), engine)
+    assert whole["norms"][0] > 1.01 * reported
 
 
 def test_a_failing_rank_is_reported_with_its_traceback_and_nobody_hangs():

@@ -39,13 +39,16 @@ def train(make_training, make_batches, tiny_config):
 
 @pytest.fixture(scope="session")
 def one_process(train, make_training, tiny_config):
-    """Function of a variant -> {optimizer: Training} in float32 on one process; ``initial``: its initial weights."""
+    """Function of (variant, policy) -> {optimizer: Training} in float32 on one process.
+
+    ``initial``: function of a variant -> its initial weights.
+    """
     trained, initial = {}, {}
 
-    def get(variant: str) -> dict[str, Training]:
-        if variant not in trained:
-            trained[variant] = train(Layout(variant=variant))
-        return trained[variant]
+    def get(variant: str, trainable: str = "all") -> dict[str, Training]:
+        if (variant, trainable) not in trained:
+            trained[variant, trainable] = train(Layout(variant=variant, trainable=trainable))
+        return trained[variant, trainable]
 
     def initial_weights(variant: str) -> dict[str, np.ndarray]:
         def on_rank():

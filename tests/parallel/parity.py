@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megat2i.config import Config, LossConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig, VocabConfig
+from megat2i.config_limits import CHOICES
 from megat2i.loss import ModalityLoss
 from megat2i.optim.engine import EXP_AVG
 from megat2i.parallel.shard import Shard
@@ -46,11 +47,20 @@ AXES = {
     "reduce_dtype": ("float32", "bfloat16"),
     "variant": tuple(VARIANTS),
 }
+# Other families of models: in the layouts that reach what is different in them, not in every pair of axis values.
+FAMILIES = {
+    "qwen3": replace(MODEL, norm="rms_norm", kv_heads=4, qk_norm_per_head=True),  # grouped heads, each normed alone
+    "gelu_tied": replace(
+        MODEL, feed_forward="gelu", qk_norm=False, positions="rotary_interleaved", embedding_norm=True,
+        tied_embeddings=True,
+    ),
+}  # fmt: skip
+VARIANTS |= {name: (model, LossConfig(z_loss=1e-3)) for name, model in FAMILIES.items()}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is spread over ranks; the field names are those of ``AXES``."""
+    """How a step is spread over ranks; the field names are those of ``AXES``, and what is trained."""
 
     pipeline: int = 1
     tensor: int = 1
@@ -62,6 +72,7 @@ class Layout:
     dtype: str = "float32"
     reduce_dtype: str = "float32"
     variant: str = "layer_norm"
+    trainable: str = "all"
 
     @staticmethod
     def parse(text: str) -> "Layout":
@@ -74,16 +85,19 @@ class Layout:
                 fields["sequence"] = True
             elif word.startswith("reduce-"):
                 fields["reduce_dtype"] = word.removeprefix("reduce-")
+            elif word in CHOICES["training.trainable"]:
+                fields["trainable"] = word
             elif stages:
                 fields["schedule"] = (schedule, int(stages))
             else:
-                axis = next(axis for axis in ("recompute", "engine", "dtype", "variant") if word in AXES[axis])
+                named = AXES | {"variant": VARIANTS}
+                axis = next(axis for axis in ("recompute", "engine", "dtype", "variant") if word in named[axis])
                 fields[axis] = word
         return Layout(**fields)
 
     def __str__(self) -> str:
         default, words = Layout(), [f"{self.pipeline}.{self.tensor}.{self.data}"]
-        for axis in list(AXES)[3:]:
+        for axis in [*list(AXES)[3:], "trainable"]:
             value = getattr(self, axis)
             if value != getattr(default, axis):
                 words.append(
@@ -116,6 +130,7 @@ class Layout:
             and not (self.reduce_dtype == "bfloat16" and self.data == 1)
             and not (virtual_stages > 1 and self.pipeline == 1)
             and self.pipeline * virtual_stages <= MODEL.layers
+            and not (self.pipeline > 1 and VARIANTS[self.variant][0].tied_embeddings)
         )
 
     def config(self, tiny: Config, optimizer: str) -> Config:
@@ -126,7 +141,11 @@ class Layout:
             vocab=VocabConfig(text_tokens=500, image_codes=250),  # columns for each of eight ranks
             model=model,
             loss=loss,
-            training=TrainingConfig(global_batch_size=ROWS, micro_batch_size=ROWS // (self.data * self.micro_batches)),
+            training=TrainingConfig(
+                global_batch_size=ROWS,
+                micro_batch_size=ROWS // (self.data * self.micro_batches),
+                trainable=self.trainable,
+            ),
             optimizer=replace(OPTIMIZERS[optimizer][0], reduce_dtype=self.reduce_dtype),
             runtime=replace(tiny.runtime, dtype=self.dtype),
             parallel=ParallelConfig(

@@ -70,6 +70,14 @@ GRID = [
     4.1.2 interleaved-2
     4.2.1 sequence zero_bubble-1 full
     8.1.1 zero_bubble-1
+
+    1.2.1 qwen3
+    1.4.1 sequence selective qwen3
+    2.2.2 sequence interleaved-2 full qwen3
+    2.1.1 zero_bubble-1 deepspeed qwen3
+    1.2.2 sequence full gelu_tied
+    1.4.1 selective gelu_tied
+    1.2.2 deepspeed gelu_tied
     """.splitlines()
     if line.strip()
 ]

@@ -1,6 +1,7 @@
 """tools/convert_checkpoint.py as it is called: from open_lm to a run, from a run to transformers."""
 
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -10,11 +11,14 @@ import pytest
 import torch
 import yaml
 
-from megat2i import checkpoint
+from megat2i import checkpoint, config
 from megat2i.config import DatasetConfig, to_yaml
+from megat2i.files import DataFileError
 from megat2i.kernels import choose_ops
 from megat2i.model import open_lm, pretrained, weights
+from megat2i.model.freezing import is_trainable
 from megat2i.optim.engine import KINDS
+from megat2i.pretrain import pretrain
 
 LLAMA = ["model.norm=rms_norm", "model.positions=rotary", "model.qk_norm=true", "model.qk_norm_per_head=true",
          "model.kv_heads=2"]  # fmt: skip
@@ -97,6 +101,49 @@ def test_a_run_becomes_a_model_of_transformers(convert, pretrain, tmp_path):
     weights.fill(model, again.read)
     found, right = (m.logits(tokens)[..., used] for m in (model, sampler.model))
     assert torch.equal(found, right)
+
+
+def test_a_run_on_text_becomes_the_start_of_a_run_on_pictures(convert, providers, text_store, tmp_path, run_config):
+    """... whose policies differ in what they learn, not in where they start, and leave the rest as it was."""
+
+    def run(name: str, *overrides: str) -> list[dict]:
+        (tmp_path / "run.yaml").write_text(to_yaml(run_config(tmp_path / name)))
+        settings = config.load(tmp_path / "run.yaml", overrides)
+        process = multiprocessing.get_context("fork").Process(target=pretrain, args=(settings, False, providers))
+        process.start()
+        process.join(120)
+        assert process.exitcode == 0
+        return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    record = run("lm_run", "data.mode=text_only", "data.caption_dropout=0", "training.steps=20", "vocab.image_codes=1",
+                 f"data.train=[{{prefix: {text_store / 'train'}}}]", f"data.valid={text_store / 'valid'}")  # fmt: skip
+    assert record[-1]["loss/text"] < 0.5 * record[0]["loss/text"]
+    code, _, err = convert("--from", "run", tmp_path / "lm_run", tmp_path / "lm")
+    assert code == 0, err
+    source = pretrained.open_pretrained(tmp_path / "lm")
+    trained = checkpoint.latest_here(tmp_path / "lm_run" / "checkpoints")
+    text_tokens = run_config(tmp_path).vocab.text_tokens
+    assert source.vocab is None and source.rows == text_tokens
+    for name in source.dtypes:
+        whole = checkpoint.read_tensor(trained, name)
+        assert torch.equal(source.read(name), whole[:text_tokens] if name in weights.TABLES else whole), name
+    start = (f"model.pretrained={tmp_path / 'lm'}", f"data.valid_text={text_store / 'valid'}", "training.steps=1")
+    first, other = (run(p, *start, f"training.trainable={p}") for p in ("embeddings", "embeddings_norms_first_half"))
+    assert first[0]["loss"] == other[0]["loss"] and first[0]["grad_norm"] < other[0]["grad_norm"]
+    assert [entry["split"] for entry in first[1:]] == ["valid", "valid_text"] and first[2]["loss"] != other[2]["loss"]
+    for policy in ("embeddings", "embeddings_norms_first_half"):
+        after = checkpoint.latest_here(tmp_path / policy / "checkpoints")
+        for name in set(source.dtypes) - set(weights.TABLES):
+            kept = torch.equal(checkpoint.read_tensor(after, name), source.read(name))
+            assert kept != is_trainable(name, policy, 2), (policy, name)
+    # a text tokenizer that reads otherwise belongs to another model
+    path = tmp_path / "lm" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["merges"] = []
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataFileError, match="encodes text otherwise"):
+        settings = run_config(tmp_path)
+        pretrained.require_fit(replace(settings, model=replace(settings.model, pretrained=str(tmp_path / "lm"))))
 
 
 def test_a_run_of_another_shape_is_not_exported(convert, pretrain, tmp_path):
