@@ -35,8 +35,9 @@ test-full: env lint
 	$(PYTEST) --full
 
 # On a machine with a GPU and a CUDA build of PyTorch of its own, without installing anything and without a network:
-# make test-gpu PY=python. The kernels need torch, triton and pytest; the model also numpy, omegaconf, safetensors, tqdm
-# and tensorboard; what is absent is skipped. --confcutdir leaves out the fixtures that need more.
+# make test-gpu PY=python. The kernels need torch, triton and pytest; the model also numpy, omegaconf, safetensors, tqdm,
+# tensorboard, tokenizers, sentencepiece and Pillow, else its tests are skipped. --confcutdir leaves out the fixtures that
+# need more.
 GPU_PATH := $(CURDIR)/build/gpu
 GPU_PYTEST = PYTHONPATH=$(GPU_PATH) $(GPU_PYTHON) -m pytest --confcutdir=tests/kernels -p no:cacheprovider -m gpu -rs
 GPU_TESTS := tests/kernels/test_on_gpu.py tests/test_model_on_gpu.py

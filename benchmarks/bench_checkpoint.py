@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing
+from harness import Record, parser_for
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -37,12 +38,11 @@ OURS, DCP, SAFETENSORS = "megat2i", "torch.distributed.checkpoint", "safetensors
 
 def main() -> None:
     """Start the ranks and print what the first one measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__, minutes=False)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--mebibytes", type=int, default=384, help="state of one rank")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to write (a temporary folder there is removed again)")
-    parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         torch.multiprocessing.spawn(measure, (arguments, Path(folder)), nprocs=arguments.ranks)
@@ -54,8 +54,10 @@ def main() -> None:
             unit = "" if side.startswith("ratio") else " s" if name.startswith("stall") else " MB/s per rank"
             median, low, high = (f"{value[key]:.2f}" for key in ("median", "minimum", "maximum"))
             print(f"{name:12} {side:37} {median:>9}{unit} ({low} to {high})")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    record = Record("checkpoint", arguments.json, torch.device("cpu"))
+    for name, sides in results.items():
+        record.add(name, sides)
+    record.finish()
 
 
 class Rows:

@@ -13,12 +13,7 @@ the modality, without a check of the ids. Both sides are first checked to give t
 slow moment of the machine meets both; medians, smallest and largest are reported, and the ratio of each round.
 """
 
-import argparse
-import importlib.metadata
 import importlib.util
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -26,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from harness import Record, parser_for
 
 from megat2i.data.batches import TrainingData
 from megat2i.data.indexed import IndexedWriter
@@ -151,13 +147,11 @@ def print_table(results: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_for(__doc__, minutes=False)
     parser.add_argument("--documents", type=int, default=20_000, help="documents of the synthetic shard")
     parser.add_argument("--repeats", type=int, default=7, help="measured rounds, after one that warms up")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    packages = ["megat2i", "numpy", "torch"]
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder) / "shard"
         write_shard(prefix, arguments.documents)
@@ -166,20 +160,13 @@ def main() -> None:
         if importlib.util.find_spec("megatron") is None:
             print("megatron-core is not installed: only our own figures")
         else:
-            packages.append("megatron-core")
             contenders["megatron-core"] = megatron_contenders(prefix, documents)
         results = measure(contenders, arguments.repeats)
     print_table(results)
-    if arguments.json:
-        environment = {
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "cpus": os.cpu_count(),
-            **{name: importlib.metadata.version(name) for name in packages},
-        }
-        shard = {"documents": arguments.documents, "image_tokens": IMAGE_TOKENS, "sequence_length": SEQUENCE_LENGTH}
-        report = {"environment": environment, "shard": shard, "per_second": results}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    record = Record("dataset", arguments.json, torch.device("cpu"))
+    for name, sides in results.items():
+        record.add(f"{name} per second, of {IMAGE_TOKENS:,} image tokens each", sides)
+    record.finish()
 
 
 if __name__ == "__main__":

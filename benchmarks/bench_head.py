@@ -1,24 +1,26 @@
 """The loss head, forward and backward, beside its rivals on the same tensors in the same run.
 
-    python benchmarks/bench_head.py [--json FILE] [--rounds R] [--tokens N ...] [--width D]
+    python benchmarks/bench_head.py [--json FILE] [--minutes M] [--rounds R] [--tokens N ...] [--width D] [--sweep]
 
 Ours in every mode against G, the three bare matrix products (logits, both gradients) that no exact head can do
 without; PyTorch on full logits, eager and compiled; ``F.linear_cross_entropy`` where this PyTorch has it; and what is
 installed of Liger (its default chunk and ``chunk_mem_const=16``), Apple's cut-cross-entropy (exact and filtered) and
 QuACK. Rivals see one vocabulary of all rows and a mean; ours reports per token and modality. 97 % of the targets are
 image codes, a twelfth of the tokens has no target. "flat" are random states; "trained" ones know target and modality.
+
+``--sweep`` times our three products alone under other tiles and prints the best of each table, the shipped tiles beside
+it, to be written into kernels/linear_cross_entropy/triton_kernels.py.
 """
 
-import argparse
 import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
+import sweep_head
 import torch
-from harness import report, save, take_turns
+from harness import Record, parser_for, report, take_turns
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,28 +31,34 @@ IGNORE = -100
 
 def main() -> None:
     """Run every size and kind of logits."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cuda = torch.cuda.is_available()
+    cuda, parser = torch.cuda.is_available(), parser_for(__doc__)
     parser.add_argument("--tokens", type=int, nargs="*", default=[8_192, 36_864] if cuda else [2_048])
     parser.add_argument("--width", type=int, default=2_048 if cuda else 256)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), nargs="*", default=["bfloat16"])
     parser.add_argument("--rounds", type=int, default=30 if cuda else 5)
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--sweep", action="store_true", help="other tiles instead of rivals; needs a GPU")
     arguments = parser.parse_args()
     device = torch.device("cuda" if cuda else "cpu")
     ranges = ((0, 50_284), (50_432, 66_816)) if cuda else ((0, 12_000), (12_032, 16_128))
-    sections = {}
+    record = Record("head_sweep" if arguments.sweep else "head", arguments.json, device, arguments.minutes)
+    if arguments.sweep:
+        sweep_head.sweep(arguments, ranges, device, record)
+        return record.finish()
     for name in arguments.dtype:
         for tokens in arguments.tokens:
             for kind in ("flat", "trained"):
                 tensors = make(tokens, arguments.width, ranges, kind, device, getattr(torch, name))
-                results = take_turns(contestants(*tensors, ranges), arguments.rounds, device)
+                results = take_turns(contestants(*tensors, ranges), arguments.rounds, device, record)
                 work = 6 * tokens * arguments.width * ranges[-1][1]
                 base = "three matrix products (G)" if cuda else "F.cross_entropy, full logits"
                 title = f"{name}, N = {tokens:,}, D = {arguments.width:,}, V = {ranges[-1][1]:,}, {kind} logits"
                 report(title, results, base, lambda row, work=work: f"{work / row['ms'] / 1e9:9.1f} TFLOP/s")
-                sections[title] = results
-    save(arguments.json, device, sections)
+                for row in results.values():
+                    sizes = [tokens, arguments.width, ranges[-1][1]]
+                    row |= {"tflops": work / row["ms"] / 1e9, "sizes": sizes} if "ms" in row else {}
+                record.add(title, results)
+                torch._dynamo.reset()
+    record.finish()
 
 
 def make(tokens: int, width: int, ranges, kind: str, device: torch.device, dtype: torch.dtype):
@@ -79,8 +87,8 @@ def make(tokens: int, width: int, ranges, kind: str, device: torch.device, dtype
     return hidden, weight, targets.to(device), live.to(device)
 
 
-def contestants(hidden: Tensor, weight: Tensor, targets: Tensor, live: LiveTokens, ranges) -> dict[str, Callable]:
-    """Functions that make a loss and both gradients."""
+def contestants(hidden: Tensor, weight: Tensor, targets: Tensor, live: LiveTokens, ranges) -> dict:
+    """Functions that make a loss and both gradients, or why there is none."""
     count = int((targets != IGNORE).sum())
 
     def gradients(loss_of: Callable[..., Tensor]) -> None:
@@ -91,7 +99,7 @@ def contestants(hidden: Tensor, weight: Tensor, targets: Tensor, live: LiveToken
         share = torch.full(targets.shape, 1 / count, device=targets.device)
         return linear_cross_entropy(hidden, weight, targets, ranges=ranges, token_weight=share, **options).loss.sum()
 
-    found: dict[str, Callable] = {}
+    found: dict[str, Callable | str] = {}
     if hidden.is_cuda:
         found["three matrix products (G)"] = partial(products, hidden.detach(), weight.detach())
     for mode in ("exact", "certified", "masked"):
@@ -100,7 +108,11 @@ def contestants(hidden: Tensor, weight: Tensor, targets: Tensor, live: LiveToken
     found["F.cross_entropy, full logits"] = full_logits
     found["the same, torch.compile"] = torch.compile(full_logits)
     found |= rivals(hidden.is_cuda)
-    return {name: call if name.startswith("three") else partial(gradients, call) for name, call in found.items()}
+    plain = ("three matrix products (G)",)
+    return {
+        name: call if isinstance(call, str) or name in plain else partial(gradients, call)
+        for name, call in found.items()
+    }
 
 
 def products(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -115,38 +127,48 @@ def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy((hidden @ weight.T).float(), targets, ignore_index=IGNORE)
 
 
-def rivals(cuda: bool) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """What is installed here."""
-    found: dict[str, Callable] = {}
+def rivals(cuda: bool) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor] | str]:
+    """What is installed here, and why the others are not."""
+    found: dict[str, Callable | str] = {"F.linear_cross_entropy": f"PyTorch {torch.__version__} has none"}
     if hasattr(F, "linear_cross_entropy"):
         options = getattr(torch.nn, "LinearCrossEntropyOptions", None) or getattr(F, "LinearCrossEntropyOptions", None)
         chunked = {} if options is None else {"options": options()}
         found["F.linear_cross_entropy"] = lambda h, w, t: F.linear_cross_entropy(
             h, w, t, ignore_index=IGNORE, **chunked
         )
-    if not cuda:
-        return found
-    if module := _module("liger_kernel.transformers"):
-        loss = module.LigerFusedLinearCrossEntropyLoss
-        found["Liger"] = lambda h, w, t: loss(ignore_index=IGNORE)(w, h, t)
-        if "chunk_mem_const" in inspect.signature(loss.__init__).parameters:
-            found["Liger, chunk_mem_const=16"] = lambda h, w, t: loss(ignore_index=IGNORE, chunk_mem_const=16)(w, h, t)
-    if module := _module("cut_cross_entropy"):
-        cce = module.linear_cross_entropy
-        found["cut-cross-entropy, filtered"] = lambda h, w, t: cce(h, w, t, ignore_index=IGNORE)
-        found["cut-cross-entropy, exact"] = lambda h, w, t: cce(h, w, t, ignore_index=IGNORE, filter_eps=None)
-    if module := _module("quack.linear_cross_entropy"):
-        quack = module.chunked_linear_cross_entropy
-        found["QuACK"] = lambda h, w, t: quack(h, w, t, ignore_index=IGNORE)
+    for name, module, make in (
+        ("Liger", "liger_kernel.transformers", liger),
+        ("cut-cross-entropy", "cut_cross_entropy", cut_cross_entropy),
+        ("QuACK", "quack.linear_cross_entropy", quack),
+    ):
+        if not cuda or importlib.util.find_spec(module.split(".")[0]) is None:
+            found[name] = "not installed" if cuda else "needs a GPU"
+            continue
+        try:
+            found |= make(importlib.import_module(module))
+        except Exception as error:  # made for other versions: said in the table
+            found[name] = f"installed, but {type(error).__name__}: {error}"
     return found
 
 
-def _module(name: str):
-    """The module, or None where its package is not installed."""
-    if importlib.util.find_spec(name.split(".")[0]) is None:
-        print(f"{name.split('.')[0]} is not installed: left out")
-        return None
-    return importlib.import_module(name)
+def liger(module) -> dict[str, Callable]:
+    loss = module.LigerFusedLinearCrossEntropyLoss
+    found = {"Liger": lambda h, w, t: loss(ignore_index=IGNORE)(w, h, t)}
+    if "chunk_mem_const" in inspect.signature(loss.__init__).parameters:
+        found["Liger, chunk_mem_const=16"] = lambda h, w, t: loss(ignore_index=IGNORE, chunk_mem_const=16)(w, h, t)
+    return found
+
+
+def cut_cross_entropy(module) -> dict[str, Callable]:
+    call = module.linear_cross_entropy
+    return {
+        "cut-cross-entropy, filtered": lambda h, w, t: call(h, w, t, ignore_index=IGNORE),
+        "cut-cross-entropy, exact": lambda h, w, t: call(h, w, t, ignore_index=IGNORE, filter_eps=None),
+    }
+
+
+def quack(module) -> dict[str, Callable]:
+    return {"QuACK": lambda h, w, t: module.chunked_linear_cross_entropy(h, w, t, ignore_index=IGNORE)}
 
 
 if __name__ == "__main__":

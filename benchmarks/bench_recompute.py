@@ -6,15 +6,14 @@ storage counted once, weights left out: the same bytes on any device. "full" is 
 ``torch.utils.checkpoint`` around every block does.
 """
 
-import argparse
 import dataclasses
-import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from harness import Record, parser_for
 
 from megat2i import config
 from megat2i.data.batches import Batch
@@ -35,10 +34,9 @@ KINDS = ("none", "selective", "full")
 
 def main() -> None:
     """Time the kinds in turn; print medians, spread, bytes and the ratios to no recomputation."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__, minutes=False)
     parser.add_argument("--config", default=str(ROOT / "configs/openmoji_demo.yaml"))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     settings = config.load(arguments.config, arguments.overrides)
@@ -65,29 +63,27 @@ def main() -> None:
             if number:
                 seconds[kind].append(time.perf_counter() - started)
     dist.destroy_process_group()
-    report(seconds, held, batch.tokens.numel(), settings, arguments.json)
+    report(seconds, held, batch.tokens.numel(), settings, Record("recompute", arguments.json, backend.device))
 
 
-def report(seconds: dict, held: dict, tokens: int, settings: config.Config, path: Path | None) -> None:
-    """Prints the table, and writes it as JSON where asked to."""
-    rows = []
+def report(seconds: dict, held: dict, tokens: int, settings: config.Config, record: Record) -> None:
+    """Prints the table and records it."""
+    rows = {}
     for kind in KINDS:
         ratios = [a / b for a, b in zip(seconds[kind], seconds["none"], strict=True)]
         row = {
-            "recompute": kind,
             "step_s": statistics.median(seconds[kind]),
             "time_ratio": [statistics.median(ratios), min(ratios), max(ratios)],
             "held_bytes": held[kind],
             "memory_ratio": held[kind] / held["none"],
         }
-        rows.append(row)
+        rows[kind] = row
         print(
             f"{kind:16} {row['step_s']:8.3f} s  x{row['time_ratio'][0]:.2f} ({min(ratios):.2f} to {max(ratios):.2f})  "
             f"{held[kind] / 2**20:9.1f} MiB held  x{row['memory_ratio']:.2f}"
         )
-    if path:
-        shape = {"tokens": tokens, "hidden": settings.model.hidden, "layers": settings.model.layers}
-        path.write_text(json.dumps({"shape": shape, "rows": rows}, indent=1) + "\n")
+    record.add(f"{tokens:,} tokens, width {settings.model.hidden:,}, {settings.model.layers} layers", rows)
+    record.finish()
 
 
 def random_batch(settings: config.Config) -> Batch:

@@ -1,7 +1,7 @@
 """A whole training step of a configuration: ours, the same model in plain PyTorch with torch.compile, and with Liger.
 
     python benchmarks/bench_step.py [section.key=value ...] [--json FILE] [--config FILE] [--micro-batch M ...]
-        [--only NAME ...]
+        [--only NAME ...] [--minutes M]
 
 All contestants are the same model, weights and rows, trained by our own ``train_step`` and engine on one device, one
 micro-batch a step; they differ in the operations of the blocks, in the loss head, in what torch.compile is given (every
@@ -10,18 +10,15 @@ the first gradient shows that they do the same work. Every position but a row's 
 leaving pads out. MFU by the FLOPs of ``megat2i.model.cost``; the break-down of a step by part is the profiler's.
 """
 
-import argparse
 import dataclasses
 import gc
 import importlib
-import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from harness import installed, one_time, save
+from harness import FEWEST_ROUNDS, OUT_OF_TIME, ROOT, Record, failure, installed, one_time, parser_for, spread
 from step_parts import PARTS, parts_of_step
 from torch import Tensor
 from torch.autograd.profiler import record_function
@@ -34,7 +31,7 @@ from megat2i.kernels.linear_cross_entropy.columns import local_pieces, local_row
 from megat2i.loss import ModalityLoss
 from megat2i.metrics import peak_flops
 from megat2i.model.cost import flops_per_token
-from megat2i.model.gpt import GPT
+from megat2i.model.gpt import GPT, initial_values
 from megat2i.model.part import Part
 from megat2i.optim.torch_engine import TorchEngine
 from megat2i.pipeline import Pipeline
@@ -42,8 +39,6 @@ from megat2i.runtime import Backend
 from megat2i.topology import ParallelGroups
 from megat2i.trainer import train_step
 from megat2i.vocab import IGNORE
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class Contestant(NamedTuple):
@@ -55,56 +50,61 @@ class Contestant(NamedTuple):
     recompute: str = "none"
 
 
-CONTESTANTS = {
+CONTESTANTS = {  # what the record needs first comes first
     "ours": Contestant(),
+    "PyTorch compiled, full logits": Contestant("pytorch", "full logits", compiled=True),
+    "PyTorch compiled, Liger head": Contestant("pytorch", "liger", compiled=True),
+    "Liger": Contestant("liger", "liger"),
+    "ours, blocks compiled": Contestant(compiled=True),
     "ours, selective recomputation": Contestant(recompute="selective"),
     "ours, full recomputation": Contestant(recompute="full"),
-    "ours, blocks compiled": Contestant(compiled=True),
     "PyTorch blocks compiled, our head": Contestant(block="pytorch", compiled=True),
-    "PyTorch compiled, full logits": Contestant("pytorch", "full logits", compiled=True),
     "PyTorch, full logits": Contestant("pytorch", "full logits"),
-    "Liger": Contestant("liger", "liger"),
 }
+MICRO_BATCHES = [16, 8, 32, 48]  # of the first contestant until memory is full; the others have the first one alone
 
 
 def main() -> None:
-    """Run every contestant at every size of micro-batch."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cuda = torch.cuda.is_available()
+    """Every contestant at the first size of micro-batch, and the first contestant at the other sizes."""
+    cuda, parser = torch.cuda.is_available(), parser_for(__doc__)
     default = "configs/open_lm_1b_t2i.yaml" if cuda else "configs/openmoji_demo.yaml"
     parser.add_argument("--config", default=str(ROOT / default))
-    parser.add_argument("--micro-batch", type=int, nargs="*", default=[8, 16] if cuda else [4], help="rows")
+    parser.add_argument("--micro-batch", type=int, nargs="*", default=MICRO_BATCHES if cuda else [4, 2], help="rows")
     parser.add_argument("--only", nargs="*", choices=tuple(CONTESTANTS), default=list(CONTESTANTS), metavar="NAME")
-    parser.add_argument("--rounds", type=int, default=15 if cuda else 5)
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--rounds", type=int, default=10 if cuda else 5)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    sections, backend = {}, None
-    for rows in arguments.micro_batch:
+    backend = Backend.resolve(config.load(arguments.config, arguments.overrides))
+    backend.start(seed=0)
+    record = Record("step", arguments.json, backend.device, arguments.minutes)
+    for number, rows in enumerate(arguments.micro_batch):
         size = [f"training.micro_batch_size={rows}", f"training.global_batch_size={rows}"]
         settings = config.load(arguments.config, [*arguments.overrides, *size])
-        if backend is None:
-            backend = Backend.resolve(settings)
-            backend.start(seed=0)
         groups = ParallelGroups.create(settings.parallel)
-        print(f"\n{rows} rows of {settings.data.sequence_length:,}, {backend.describe()}\n{header()}")
-        for name in arguments.only:
-            row = measure(CONTESTANTS[name], settings, backend, groups, arguments.rounds)
-            print(table_line(name, row))
-            sections[f"{name}, {rows} rows"] = row
-    device = backend.device
+        name_of_section = f"{rows} rows of {settings.data.sequence_length:,}"
+        print(f"\n{name_of_section}, {backend.describe()}\n{header()}")
+        for name in arguments.only if number == 0 else arguments.only[:1]:
+            row = measure(CONTESTANTS[name], settings, backend, groups, arguments.rounds, record)
+            print(table_line(name, row), flush=True)
+            record.add(name_of_section, {name: row})
     dist.destroy_process_group()
-    save(arguments.json, device, sections)
+    record.finish()
 
 
-def measure(who: Contestant, settings: config.Config, backend: Backend, groups: ParallelGroups, rounds: int) -> dict:
-    """Figures of one contestant; its error instead where it fails, so that the others still run."""
+def measure(
+    who: Contestant, settings: config.Config, backend: Backend, groups: ParallelGroups, rounds: int, record: Record
+) -> dict:
+    """Figures of one contestant, or why there are none."""
+    if record.left() < 0:
+        return OUT_OF_TIME
     if "liger" in who[:2] and (backend.device.type != "cuda" or not installed("liger_kernel")):
-        return {"error": "needs a GPU and liger-kernel"}
+        return {"skipped": "needs a GPU and liger-kernel"}
     try:
-        row = figures(who, settings, backend, groups, rounds)
-    except Exception as error:  # out of memory, or a rival's own way to fail; the table says how
-        row = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:90]}"}
+        row = figures(who, settings, backend, groups, rounds, record)
+    except torch.cuda.OutOfMemoryError:
+        row = {"skipped": "out of memory"}  # a figure too: that is how much it needs
+    except Exception as error:  # a rival's own way to fail; the table says how
+        row = failure(error)
     torch._dynamo.reset()
     gc.collect()  # hooks of parameters are cycles; the next contestant needs the memory
     if backend.device.type == "cuda":
@@ -112,23 +112,27 @@ def measure(who: Contestant, settings: config.Config, backend: Backend, groups: 
     return row
 
 
-def figures(who: Contestant, settings: config.Config, backend: Backend, groups: ParallelGroups, rounds: int) -> dict:
+def figures(
+    who: Contestant, settings: config.Config, backend: Backend, groups: ParallelGroups, rounds: int, record: Record
+) -> dict:
     """Times in milliseconds, speed, memory, the first gradient's norm and milliseconds by part."""
     step, norm = make_step(who, settings, backend, groups)
     step()
-    peak = peak_memory(step, backend.device)
-    times = [one_time(step, backend.device) for _ in range(rounds)]
+    peak, times = peak_memory(step, backend.device), []
+    while len(times) < rounds and (record.left() > 0 or len(times) < FEWEST_ROUNDS):
+        times.append(one_time(step, backend.device))
     parts = parts_of_step(step, backend.device)
     length = settings.data.sequence_length
     tokens = settings.training.micro_batch_size * (length - 1)
     columns = sum(stop - start for start, stop in settings.vocab_layout.ranges)
-    speed = 1000 * tokens / statistics.median(times)
+    row = spread(times)
+    speed = 1000 * tokens / row["ms"]
     flops = speed * flops_per_token(settings.model, columns, length)
     best = peak_flops(backend.device, backend.dtype)
-    return {
-        "ms": statistics.median(times),
-        "min": min(times),
-        "max": max(times),
+    return row | {
+        "ours": who.block == who.head == "ours" and not who.compiled,
+        "recompute": who.recompute,
+        "micro_batch": settings.training.micro_batch_size,
         "tokens_per_s": speed,
         "tflops": flops / 1e12,
         "mfu": flops / best if best else None,
@@ -152,7 +156,7 @@ def make_step(who: Contestant, settings: config.Config, backend: Backend, groups
     ops = operations(who, backend)
     part = Part(recompute=who.recompute)
     model = GPT.empty(settings.model, settings.vocab_layout, ops, backend.device, backend.dtype, part)
-    model.initialise(seed=0)
+    set_initial_weights(model)
     if who.compiled:
         for block in model.layers.values():
             block.compile()
@@ -165,6 +169,13 @@ def make_step(who: Contestant, settings: config.Config, backend: Backend, groups
         return train_step(pipeline, engine, [batch], loss, groups, lr=1e-4)[1]
 
     return step, step()
+
+
+@torch.no_grad()
+def set_initial_weights(model: GPT) -> None:
+    """Drawn on the model's device: the CPU takes minutes for a billion."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_values(name, tuple(parameter.shape), 0, parameter.device))
 
 
 def random_batch(settings: config.Config) -> Batch:
@@ -185,19 +196,38 @@ def operations(who: Contestant, backend: Backend) -> Ops:
         head = torch.compile(full_logits) if who.compiled else full_logits
     changes = {}
     if who.block == "liger":
-        rival = importlib.import_module("liger_kernel.transformers.functional")
-        changes = {
-            "layer_norm": lambda x, w, b, eps: rival.liger_layer_norm(
-                x, w, torch.zeros_like(w) if b is None else b, eps
-            ),
-            "rms_norm": lambda x, w, eps: rival.liger_rms_norm(x, w, eps),
-            "swiglu": rival.liger_swiglu,
-        }
+        changes = liger_blocks()
+    if who.head == "liger":
         head = liger_head
-
     if not who.compiled:  # a range would break the graph, where attention is known by its operation's name
         changes["attention"] = named("attention", blocks.attention)
     return dataclasses.replace(blocks, linear_cross_entropy=named("head", head), **changes)
+
+
+def liger_blocks() -> dict[str, Callable]:
+    """Liger's norms, with the sum before them as PyTorch makes it, and its SwiGLU."""
+    rival = importlib.import_module("liger_kernel.transformers.functional")
+
+    def layer_norm(x, weight, bias, eps):
+        return rival.liger_layer_norm(x, weight, torch.zeros_like(weight) if bias is None else bias, eps)
+
+    def rms_norm(x, weight, eps):
+        return rival.liger_rms_norm(x, weight, eps)
+
+    def of_sum(norm: Callable) -> Callable:
+        def call(x, residual, *gain):
+            total = x + residual
+            return norm(total, *gain), total
+
+        return call
+
+    return {
+        "layer_norm": layer_norm,
+        "rms_norm": rms_norm,
+        "add_layer_norm": of_sum(layer_norm),
+        "add_rms_norm": of_sum(rms_norm),
+        "swiglu": rival.liger_swiglu,
+    }
 
 
 def named(name: str, function: Callable) -> Callable:
@@ -239,8 +269,8 @@ def header() -> str:
 
 def table_line(name: str, row: dict) -> str:
     """A line of the table; the parts as shares of the profiled step."""
-    if "error" in row:
-        return f"{name:36}{row['error']}"
+    if "ms" not in row:
+        return f"{name:36}{row.get('error') or row['skipped']}"
     whole = sum(row["parts"].values())
     shares = "".join(f"{row['parts'][part] / whole:12.1%}" for part in PARTS)
     mfu = f"{row['mfu']:7.1%}" if row["mfu"] else f"{'-':>7}"

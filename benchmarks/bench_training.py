@@ -6,15 +6,14 @@ and vocabulary, AdamW, gradient clipping and the loss over the same tokens, in t
 that a change of the machine's speed hits both. Llama has rotary positions, RMSNorm and computes the logits of all rows.
 """
 
-import argparse
 import dataclasses
-import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from harness import Record, parser_for
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megat2i import config
@@ -34,15 +33,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     """Time the two in turn and print medians, spread and the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__, minutes=False)
     parser.add_argument("--config", default=str(ROOT / "configs/openmoji_demo.yaml"))
     parser.add_argument("--dtype", choices=tuple(DTYPES), nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="steps in a round")
-    parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     settings = config.load(arguments.config)
-    results = []
+    record = None
     for dtype in arguments.dtype:
         settings = dataclasses.replace(settings, runtime=dataclasses.replace(settings.runtime, dtype=dtype))
         backend = Backend.resolve(settings)
@@ -55,14 +53,13 @@ def main() -> None:
         }
         speeds = take_turns(contestants, arguments.rounds, arguments.steps, int((batch.modality >= 0).sum()))
         ratios = [a / b for a, b in zip(speeds["ours"], speeds["transformers"], strict=True)]
-        row = {"dtype": dtype, "device": str(backend.device), "threads": torch.get_num_threads()}
+        row, record = {}, record or Record("training", arguments.json, backend.device)
         for name, values in (*speeds.items(), ("ratio", ratios)):
             row[name] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
             unit = "" if name == "ratio" else " tokens/s"
             print(f"{dtype:9} {name:13} {row[name]['median']:9.2f}{unit} ({min(values):.2f} to {max(values):.2f})")
-        results.append(row)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        record.add(f"tokens per second, {dtype}", row)
+    record.finish()
 
 
 def random_batch(settings: config.Config) -> Batch:

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megat2i.kernels import reference
+
 
 class Choice(NamedTuple):
     """An implementation and why it was chosen."""
@@ -55,21 +57,30 @@ def document_mask(document: Tensor) -> Tensor:
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """PyTorch's scaled_dot_product_attention; causal unless ``mask`` (True: may look) is given."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    """PyTorch's scaled_dot_product_attention; causal unless ``mask`` (True: may look) is given.
+
+    Masked calls on a GPU are kept from cuDNN, which PyTorch prefers there: with a mask its gradients can be NaN
+    (pytorch issue 196678), and some versions of it refuse to be captured in a CUDA graph.
+    """
+    if mask is None or not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """PyTorch's, which takes cuDNN where it supports the call, then its own flash attention and the others."""
+    if mask is not None:
+        return torch_attention(q, k, v, mask)
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(order, set_priority=True):
-        return torch_attention(q, k, v, mask)
+        return torch_attention(q, k, v)
 
 
 def matrix_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Two products and a softmax."""
     if mask is not None:
-        return torch_attention(q, k, v, mask)
+        return reference.attention(q, k, v, mask)
     length = q.shape[-2]
     forbidden = torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
     rows, keys, values = (x.flatten(0, 1) for x in (q, k, v))  # [B * H, S, W]

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from megat2i.kernels import norm, reference
 from megat2i.kernels.attention import choose_attention
+from megat2i.kernels.decode_attention import decode_attention
 from megat2i.kernels.interpreter import interpreting
 from megat2i.kernels.linear_cross_entropy import default_implementation, linear_cross_entropy
 from megat2i.kernels.optimizer import choose_adamw
@@ -31,6 +32,7 @@ class Ops:
     qk_norm_rope: Callable[..., tuple[Tensor, Tensor]]
     swiglu: Callable[[Tensor, Tensor], Tensor]
     attention: Callable[..., Tensor]
+    decode_attention: Callable[..., Tensor] | None  # None: ``attention`` with a mask over all of the cache
     linear_cross_entropy: Callable[..., object]
     description: str  # one line for the log: which implementation each op has
 
@@ -78,6 +80,7 @@ def describe(device: torch.device | None = None, dtype: torch.dtype = torch.bflo
     attention, adamw = choose_attention(device, dtype), choose_adamw(device)
     lines = [("linear_cross_entropy", head, because)]
     lines += [(name, block, why) for name in ("norms", "qk_norm_rope", "rotary", "swiglu")]
+    lines += [("decode_attention", block if block == "triton" else "attention, masked", why)]
     lines += [("attention", attention.name, attention.reason), ("AdamW", adamw.name, adamw.reason)]
     head_line = f"{device}, {dtype}" + (f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "")
     return "\n".join([head_line, *(f"  {name:22}{chosen:26}{reason}" for name, chosen, reason in lines)])
@@ -85,13 +88,14 @@ def describe(device: torch.device | None = None, dtype: torch.dtype = torch.bflo
 
 def _block_ops(implementation: str) -> dict[str, Callable]:
     names = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "rotary", "qk_norm_rope", "swiglu")
-    ops = {name: getattr(reference, name) for name in names}
+    ops = {name: getattr(reference, name) for name in (*names, "decode_attention")}
     if implementation == "triton":
         ops |= {name: getattr(norm, name) for name in names[:4]}
-        ops |= {"rotary": _rotary, "qk_norm_rope": qk_norm_rope, "swiglu": swiglu}
+        ops |= {"rotary": _rotary, "qk_norm_rope": qk_norm_rope, "swiglu": swiglu, "decode_attention": decode_attention}
     elif implementation == "chunked":
         ops |= {"layer_norm": _layer_norm, "rms_norm": _rms_norm}
         ops |= {"add_layer_norm": _add_layer_norm, "add_rms_norm": _add_rms_norm, "qk_norm_rope": _qk_norm_rope}
+        ops["decode_attention"] = None
     return ops
 
 

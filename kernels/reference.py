@@ -131,3 +131,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     if mask is None:
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v
+
+
+def decode_attention(q: Tensor, keys: Tensor, values: Tensor, first: Tensor, position: Tensor) -> Tensor:
+    """Attention of one query a row over a cache whose positions ``first`` [B] .. ``position`` [1] are the row's own.
+
+    q [B, H, 1, W], keys and values [B, K, L, W], each serving H / K consecutive query heads -> [B, H, 1, W]. A row that
+    has not begun (``first`` beyond ``position``) looks at ``position`` alone.
+    """
+    at = torch.arange(keys.shape[2], device=keys.device)
+    seen = (at >= torch.minimum(first, position)[:, None]) & (at <= position)  # [B, L]
+    keys, values = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (keys, values))
+    return attention(q, keys, values, seen[:, None, None])

@@ -82,21 +82,28 @@ class Sampler:
         """Pictures [len(prompts), 3, H, W] uint8, one for every prompt and seed."""
         return self.image_tokenizer.decode(self.codes(prompts, seeds, sampling, batch_size)).numpy()
 
-    @torch.no_grad()
     def codes(
-        self, prompts: Sequence[str], seeds: Sequence[int], sampling: SamplingConfig, batch_size: int = BATCH_SIZE
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+        batch_size: int = BATCH_SIZE,
+        graphs: bool = True,
     ) -> Tensor:
-        """Image codes [len(prompts), image tokens] int64, on the CPU."""
+        """Image codes [len(prompts), image tokens] int64, on the CPU; ``graphs``: where they can be used, see Drawing.
+
+        Raises ValueError where the model's logits are not finite.
+        """
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: expected one seed for every prompt")
         rows = [self.prompt_tokens(prompt) for prompt in prompts]
-        done = []
+        drawing, done = Drawing(self, sampling, batch_size, graphs), []
         for start in range(0, len(rows), batch_size):
             batch, batch_seeds = rows[start : start + batch_size], list(seeds[start : start + batch_size])
             live = len(batch)
             batch += [self.prompt_tokens("")] * (batch_size - live)
             batch_seeds += [0] * (batch_size - live)
-            done.append(self._batch(batch, batch_seeds, sampling)[:live])
+            done.append(drawing.batch(batch, batch_seeds)[:live])
         return torch.cat(done)
 
     def prompt_tokens(self, prompt: str) -> list[int]:
@@ -110,30 +117,8 @@ class Sampler:
         room = self.prompt_width - 4
         return [special("<doc>"), special("<text>"), *caption[:room], special("</text>"), special("<image>")]
 
-    def _batch(self, rows: list[list[int]], seeds: list[int], sampling: SamplingConfig) -> Tensor:
-        device = self.model.device
-        guided = sampling.guidance != 1
-        if guided:  # the second half of the batch sees the same image behind an empty caption
-            rows = rows + [self.prompt_tokens("")] * len(rows)
-        tokens, first = self._left_padded(rows)
-        tokens, first = tokens.to(device), first.to(device)
-        noise = torch.stack(
-            [torch.rand(self.image_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        ).to(device)
-        columns = slice(self.vocab.image_start, self.vocab.image_start + self.vocab.image_codes)
-        cache = self.model.new_cache(len(rows), self.prompt_width + self.image_tokens, first)
-        codes = []
-        for position in range(self.image_tokens):
-            logits = self.model.next_logits(tokens, cache, columns)  # [rows, image codes]
-            if guided:
-                conditional, unconditional = logits.chunk(2)
-                logits = unconditional + sampling.guidance * (conditional - unconditional)
-            code = draw(logits, noise[:, position], sampling)
-            codes.append(code)
-            tokens = (self.vocab.image_start + (code.repeat(2) if guided else code))[:, None]
-        return torch.stack(codes, dim=1).cpu()
-
-    def _left_padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def left_padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Prompts as tokens [B, prompt_width], and where each begins [B], both int64."""
         tokens = torch.full((len(rows), self.prompt_width), self.vocab.special("<pad>"))
         for index, row in enumerate(rows):
             tokens[index, self.prompt_width - len(row) :] = torch.tensor(row)
@@ -141,26 +126,100 @@ class Sampler:
         return tokens, first
 
 
+class Drawing:
+    """Batches of ``batch_size`` images, one after the other in the same memory on the model's device.
+
+    A step is everything from the embedding of the last codes to the draw of the next. What it reads and writes, the
+    number of the step included, is on the device at fixed addresses, and it never waits for the device. So where one
+    GPU holds the whole model, the second step is recorded as a CUDA graph that is replayed for all others. Over several
+    ranks, and on a CPU, the same step runs as it is: messages between pipeline ranks cannot be recorded.
+    """
+
+    def __init__(self, sampler: Sampler, sampling: SamplingConfig, batch_size: int, graphs: bool):
+        model, device = sampler.model, sampler.model.device
+        self.sampler, self.sampling, self.model = sampler, sampling, model
+        self.guided = sampling.guidance != 1  # the second half of the rows sees the same image behind an empty caption
+        rows, steps = batch_size * (2 if self.guided else 1), sampler.image_tokens
+        vocab = sampler.vocab
+        self.columns = slice(vocab.image_start, vocab.image_start + vocab.image_codes)
+        self.first = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.cache = model.new_cache(rows, sampler.prompt_width + steps, self.first)
+        self.noise = torch.zeros(batch_size, steps, device=device)
+        self.codes = torch.zeros(batch_size, steps, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.graph = None
+        self.recording = graphs and device.type == "cuda" and _on_one_device(model)
+
+    @torch.no_grad()
+    def batch(self, rows: list[list[int]], seeds: list[int]) -> Tensor:
+        """Image codes [batch size, image tokens] behind the prompts ``rows``, on the CPU."""
+        if self.guided:
+            rows = rows + [self.sampler.prompt_tokens("")] * len(rows)
+        tokens, first = self.sampler.left_padded(rows)
+        self.first.copy_(first)
+        for row, seed in zip(self.noise, seeds, strict=True):
+            row.copy_(torch.rand(len(row), generator=torch.Generator().manual_seed(seed)))
+        self.cache.position.zero_()
+        self.step.zero_()
+        self._draw(self.model.next_logits(tokens.to(self.first.device), self.cache, self.columns))
+        for _ in range(1, self.codes.shape[1]):
+            if self.graph is None:
+                self._one_code()  # the first one also compiles what the graph will hold
+                self.graph = self._record() if self.recording else None
+            else:
+                self.graph.replay()
+        codes = self.codes.to("cpu", copy=True)
+        if codes.min() < 0:
+            raise ValueError("the model's logits are not finite: its weights are damaged or its training diverged")
+        return codes
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's thread may look at its events
+            self._one_code()
+        return graph
+
+    def _one_code(self) -> None:
+        self._draw(self.model.next_logits(self.tokens, self.cache, self.columns))
+
+    def _draw(self, logits: Tensor) -> None:
+        """Draw the code of this step from ``logits`` [rows, image codes], and make it the next step's token."""
+        if self.guided:
+            conditional, unconditional = logits.chunk(2)
+            logits = unconditional + self.sampling.guidance * (conditional - unconditional)
+        code = draw(logits, self.noise.index_select(1, self.step)[:, 0], self.sampling)
+        self.codes.index_copy_(1, self.step, code[:, None])
+        self.tokens.copy_((self.columns.start + (code.repeat(2) if self.guided else code))[:, None])
+        self.step += 1
+
+
+def _on_one_device(model: GPT | Pipeline) -> bool:
+    """Whether a step sends nothing to other ranks."""
+    alone = isinstance(model, GPT) or model.groups.pipeline_size == 1
+    return alone and (model if isinstance(model, GPT) else model.model).parallel.size == 1
+
+
 def draw(logits: Tensor, noise: Tensor, sampling: SamplingConfig) -> Tensor:
     """One index per row of ``logits`` [B, K] by inverting the cumulative distribution at ``noise`` [B] in [0, 1).
 
-    Temperature first, then top-k, then top-p over what is left, as is usual. Returns int64 [B].
+    Temperature first, then top-k, then top-p over what is left, as is usual. Returns int64 [B], -1 where the
+    logits are no distribution (a NaN or an infinity among them).
     """
     probabilities = (logits.double() / sampling.temperature).softmax(dim=-1)
-    if not probabilities.isfinite().all():
-        raise ValueError("the model's logits are not finite: its weights are damaged or its training diverged")
     if 0 < sampling.top_k < logits.shape[-1]:
         smallest = probabilities.topk(sampling.top_k, dim=-1).values[:, -1:]
-        probabilities = probabilities.where(probabilities >= smallest, 0.0)
+        probabilities = probabilities.masked_fill(probabilities < smallest, 0.0)
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True)
         before = ordered.cumsum(dim=-1) - ordered  # probability of everything more likely
-        kept = ordered.where(before < sampling.top_p, 0.0)
+        kept = ordered.masked_fill(before >= sampling.top_p, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, kept)
     cumulative = probabilities.cumsum(dim=-1)
-    target = noise.double()[:, None] * cumulative[:, -1:]
-    return (cumulative <= target).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+    total = cumulative[:, -1:]
+    found = (cumulative <= noise.double()[:, None] * total).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+    return found.masked_fill(~(total[:, 0] > 0), -1)
 
 
 def _only_file(folder: Path) -> Path:

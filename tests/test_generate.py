@@ -9,7 +9,7 @@ import torch
 from distributed import run_ranks
 
 from megat2i import checkpoint
-from megat2i.config import ConfigError, SamplingConfig, to_yaml
+from megat2i.config import ConfigError, ParallelConfig, SamplingConfig, VocabConfig, to_yaml
 from megat2i.generate import Sampler, draw
 from megat2i.model.gpt import GPT
 from megat2i.tokenizers.image import load_image_tokenizer
@@ -126,6 +126,69 @@ def test_greedy_codes_equal_passes_over_the_whole_sequence(sampler, guidance):
     found = sampler.codes(PROMPTS, [0] * 5, settings, batch_size=5).tolist()
     assert found == [greedy(sampler, prompt, guidance) for prompt in PROMPTS]
     assert found != [greedy(sampler, prompt, guidance + 3) for prompt in PROMPTS]
+
+
+def without_cache(sampler, prompt, seed, sampling):
+    """Codes drawn from passes over the whole sequence, which grows: no cache, padding or batch."""
+    start, count = sampler.vocab.image_start, sampler.vocab.image_codes
+    rows = [sampler.prompt_tokens(prompt), sampler.prompt_tokens("")]
+    noise = torch.rand(sampler.image_tokens, generator=torch.Generator().manual_seed(seed))
+    codes = []
+    for number in noise:
+        with torch.no_grad():
+            logits = [sampler.model.logits(torch.tensor([row]))[:, -1, start : start + count] for row in rows]
+        code = draw(logits[1] + sampling.guidance * (logits[0] - logits[1]), number[None], sampling).item()
+        codes.append(code)
+        rows = [[*row, start + code] for row in rows]
+    return codes
+
+
+SHAPES = [
+    {"positions": "none"},
+    {"positions": "rotary", "qk_norm": True},
+    {"positions": "rotary_interleaved", "norm": "rms_norm", "qk_norm": True, "qk_norm_per_head": True},
+    {"positions": "rotary", "norm": "layer_norm_no_gain", "qk_norm": True, "kv_heads": 2, "feed_forward": "gelu"},
+]
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "reference"])
+@pytest.mark.parametrize("changes", SHAPES, ids=str)
+def test_the_static_cache_draws_what_the_growing_sequence_does(sampler, changes, implementation):
+    """Prompts of several lengths, so left padding too; "reference" has the attention over the seen places alone."""
+    from megat2i.kernels import choose_ops
+
+    shape, layout = replace(sampler.model.shape, **changes), sampler.vocab
+    ops = choose_ops(torch.device("cpu"), torch.float32, implementation)
+    model = GPT(shape, layout.size, layout.ranges, ops)
+    model.initialise(1)
+    with torch.no_grad():
+        model.output.weight.mul_(3)
+    varied, settings, seeds = replace(sampler, model=model), replace(SETTINGS, guidance=2.0), range(8)
+    found = varied.codes(PROMPTS[:4] * 2, seeds, settings, batch_size=3).tolist()
+    assert found == [without_cache(varied, PROMPTS[seed % 4], seed, settings) for seed in seeds]
+
+
+def test_tensor_parallel_ranks_draw_the_same(sampler, tiny_config, make_training):
+    """Two ranks of a pipeline object, as in training, beside one process."""
+
+    def drawn_by(parallel):
+        config = replace(tiny_config, vocab=VocabConfig(sampler.vocab.text_tokens, 40), parallel=parallel)
+        pipeline, _, _ = make_training(None, config)
+        rank = replace(sampler, model=pipeline, vocab=config.vocab_layout)
+        return rank.codes(PROMPTS, range(5), replace(SETTINGS, guidance=2.0), batch_size=3).tolist()
+
+    (expected,) = run_ranks(1, drawn_by, ParallelConfig())
+    assert run_ranks(2, drawn_by, ParallelConfig(tensor=2)) == [expected] * 2
+    assert run_ranks(2, drawn_by, ParallelConfig(pipeline=2)) == [expected] * 2
+
+
+def test_a_diverged_model_is_one_clear_error(sampler):
+    broken = replace(sampler, model=copy.deepcopy(sampler.model))
+    with torch.no_grad():
+        broken.model.norm.weight[3] = float("nan")
+    for settings in (SETTINGS, SamplingConfig(top_k=3), SamplingConfig(top_p=0.5, guidance=2.0)):
+        with pytest.raises(ValueError, match="not finite"):
+            broken.codes(["red hut"], [0], settings, batch_size=2)
 
 
 def test_guidance_of_one_runs_no_second_branch(sampler, monkeypatch):

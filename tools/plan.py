@@ -3,6 +3,8 @@
 ``python tools/plan.py --config configs/open_lm_1b_t2i.yaml --gpus 64 --gpu a100-80`` prints the best layouts, what they
 spend memory and time on, and what does not fit. ``--json FILE`` writes all of them, best first. ``--write`` puts the
 output into the config as its plan comment. ``--validate`` compares the planner with published training runs.
+``--measured benchmarks/results/FILE`` takes coefficients from a record of the benchmarks, and shows the time of a step
+that the planner predicts beside the measured one.
 """
 
 import argparse
@@ -12,9 +14,10 @@ from pathlib import Path
 
 from megat2i import config
 from megat2i.config import ConfigError
-from megat2i.files import write_file
+from megat2i.files import DataFileError, write_file
 from megat2i.planner.hardware import GPUS
 from megat2i.planner.layout import Job
+from megat2i.planner.measured import Measured
 from megat2i.planner.ranking import plan
 from megat2i.planner.report import report, validation
 
@@ -30,20 +33,27 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all layouts here")
     parser.add_argument("--write", action="store_true", help="write the plan into the config as a comment")
     parser.add_argument("--validate", action="store_true", help="compare with published training runs and leave")
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="a record of the benchmarks on such a GPU")
     arguments = parser.parse_args()
     if arguments.validate:
         print(validation(), end="")
         return
     if arguments.config is None or arguments.gpus < 1:
         parser.error("name a --config, and 1 or more --gpus")
-    planned = plan(Job.of(config.load(arguments.config)), arguments.gpus, GPUS[arguments.gpu])
-    text = report(planned)
+    settings, gpu, text = config.load(arguments.config), GPUS[arguments.gpu], ""
+    if arguments.measured:
+        measured = Measured.read(arguments.measured)
+        gpu = measured.calibrated(gpu)
+        text = measured.report(settings, gpu) + "\n"
+    planned = plan(Job.of(settings), arguments.gpus, gpu)
+    text += report(planned)
     print(text, end="")
     if arguments.json:
         content = json.dumps({"layouts": [p.as_dict() for p in planned]}, indent=1) + "\n"
         write_file(arguments.json, content.encode())
     if arguments.write:
         machine = f"--gpus {arguments.gpus} --gpu {arguments.gpu}"
+        machine += f" --measured {arguments.measured}" if arguments.measured else ""
         command = f"python tools/plan.py --config configs/{arguments.config.name} {machine}"
         write_file(arguments.config, with_comment(arguments.config.read_text(), f"{command}\n\n{text}").encode())
 
@@ -62,5 +72,5 @@ def with_comment(yaml: str, text: str) -> str:
 if __name__ == "__main__":
     try:
         main()
-    except (ConfigError, OSError, ValueError) as error:
+    except (ConfigError, DataFileError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -22,14 +22,16 @@ from megat2i.vocab import IGNORE, VocabLayout
 
 
 class Cache:
-    """Keys and values of a rank's layers: static storage for ``max_length`` positions, ``length`` of them written.
+    """Keys and values of a rank's layers for ``length`` positions.
 
-    ``first`` [B] is the position where each row's own tokens begin: what stands before is padding that nothing looks at
-    (rows of unequal length are padded on the left).
+    The next token goes to ``position`` [1] int64, which counts on the device: no shape or address depends on how far a
+    row has come, so that one CUDA graph serves every token. ``first`` [B] int64 is the position where each row's own
+    tokens begin: what stands before is padding that nothing looks at (rows of unequal length are padded on the left).
     """
 
-    def __init__(self, layers: dict[str, LayerCache], first: Tensor | None):
-        self.layers, self.first, self.length = layers, first, 0
+    def __init__(self, layers: dict[str, LayerCache], first: Tensor, length: int):
+        self.layers, self.first, self.length = layers, first, length
+        self.position = torch.zeros(1, dtype=torch.int64, device=first.device)
 
 
 class GPT(nn.Module):
@@ -153,7 +155,7 @@ class GPT(nn.Module):
         (stage,) = self.stages
         x = self.run_stage(stage, tokens, None, cache)
         if cache:
-            cache.length += tokens.shape[1]
+            cache.position += tokens.shape[1]
         return self.output.collect(self.norm(x)).view(*tokens.shape, -1)
 
     def logits(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
@@ -164,7 +166,7 @@ class GPT(nn.Module):
         """Logits [B, columns] in float32 after the last of ``tokens`` [B, S]: only the rows that may be drawn."""
         (stage,) = self.stages
         x = self.run_stage(stage, tokens, None, cache)
-        cache.length += tokens.shape[1]
+        cache.position += tokens.shape[1]
         return self.last_logits(x, len(tokens), columns)
 
     def last_logits(self, x: Tensor, batch: int, columns: slice) -> Tensor:
@@ -179,35 +181,28 @@ class GPT(nn.Module):
     def new_cache(self, batch: int, max_length: int, first: Tensor | None = None) -> Cache:
         """An empty cache for ``batch`` rows; ``first`` [B]: left padding of each row (None: none)."""
         heads, like = self.shape.key_value_heads // self.parallel.size, next(self.parameters())
+        length = -(-max_length // 8) * 8  # PyTorch's masked attention would copy a mask of another width
         layers = {
-            name: LayerCache(batch, heads, max_length, self.shape.head_dim, like.device, like.dtype)
-            for name in self.layers
+            name: LayerCache(batch, heads, length, self.shape.head_dim, like.device, like.dtype) for name in self.layers
         }
-        return Cache(layers, first)
+        none = torch.zeros(batch, dtype=torch.int64, device=like.device)
+        return Cache(layers, none if first is None else first, length)
 
     def _positions(self, tokens: Tensor, cache: Cache | None) -> Positions:
-        (batch, length), start = tokens.shape, cache.length if cache else 0
-        index = torch.arange(start, start + length, device=tokens.device)
-        first = cache.first if cache else None
-        mask = None
-        if cache and (start > 0 or first is not None):
-            keys = torch.arange(start + length, device=tokens.device)
-            visible = keys[None, :] <= index[:, None]  # [S, keys]
-            if first is not None:
-                own = keys[None, None, :] >= first[:, None, None]
-                # a padding query looks at itself, so that its softmax is defined
-                visible = visible & (own | (keys[None, :] == index[:, None]))
-                mask = visible[:, None]  # [B, 1, S, keys]
-            else:
-                mask = visible[None, None]
+        batch, length = tokens.shape
+        index, mask, where = torch.arange(length, device=tokens.device), None, {}
+        if cache:
+            places = index + cache.position
+            where = {"places": places, "first": cache.first}
+            if length > 1 or self.ops.decode_attention is None:
+                mask = _visible(places, cache)
+            index = (places - cache.first[:, None]).clamp(min=0)[:, None]  # [B, 1, S]
         if self.shape.positions == "none":
-            return Positions(batch, mask=mask, start=start)
-        if first is not None:
-            index = (index[None, :] - first[:, None]).clamp(min=0)[:, None, :]  # [B, 1, S]
+            return Positions(batch, mask=mask, **where)
         half = torch.arange(0, self.shape.head_dim, 2, device=tokens.device, dtype=torch.float32)
         angles = index[..., None].float() * self.shape.rotary_base ** (-half / self.shape.head_dim)
         interleaved = self.shape.positions == "rotary_interleaved"
-        return Positions(batch, angles.cos(), angles.sin(), mask, start, interleaved)
+        return Positions(batch, angles.cos(), angles.sin(), mask, interleaved, **where)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -217,21 +212,32 @@ class GPT(nn.Module):
             parameter.copy_(shards[name].cut(initial_values(name, shards[name].shape, seed)))
 
 
-def initial_values(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """open_lm's initial values of the whole tensor ``name``, float32."""
+def _visible(places: Tensor, cache: Cache) -> Tensor:
+    """Which of the cache's positions the queries at ``places`` [S] may look at: [B, 1, S, length]."""
+    keys = torch.arange(cache.length, device=places.device)
+    own = keys >= cache.first[:, None, None]  # [B, 1, length]
+    # a padding query looks at itself, so that its softmax is defined
+    return ((keys <= places[:, None]) & (own | (keys == places[:, None])))[:, None]
+
+
+def initial_values(name: str, shape: tuple[int, ...], seed: int, device: torch.device | None = None) -> Tensor:
+    """open_lm's initial values of the whole tensor ``name``, float32, drawn on ``device`` (default: the CPU).
+
+    Other kinds of device draw other values.
+    """
     if len(shape) == 1:
-        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=device)
     std = shape[1] ** -0.5
     if name.startswith("layers.") and name.endswith(("out_proj.weight", "w3.weight", "_ff_w2.weight")):
         std /= (2 * (int(name.split(".")[1]) + 1)) ** 0.5
-    values, cut = torch.empty(shape, dtype=torch.float32), INIT_CUT * std
-    return nn.init.trunc_normal_(values, std=std, a=-cut, b=cut, generator=generator_of(name, seed))
+    values, cut = torch.empty(shape, dtype=torch.float32, device=device), INIT_CUT * std
+    return nn.init.trunc_normal_(values, std=std, a=-cut, b=cut, generator=generator_of(name, seed, device))
 
 
-def generator_of(name: str, seed: int) -> torch.Generator:
+def generator_of(name: str, seed: int, device: torch.device | None = None) -> torch.Generator:
     """The source of random values of the tensor ``name``, which depend on nothing else."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator(device or "cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _block_shape(shape: ModelConfig) -> BlockShape:

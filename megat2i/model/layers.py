@@ -124,18 +124,15 @@ class HeadNorm(nn.Module):
 
 
 class LayerCache:
-    """Keys and values of one layer for the positions already written: static storage [B, K, length, W] each."""
+    """Keys and values of one layer: static storage [B, K, length, W] each, zeros where nothing was written yet."""
 
     def __init__(self, batch: int, heads: int, length: int, head_dim: int, device: torch.device, dtype: torch.dtype):
         self.keys = torch.zeros(batch, heads, length, head_dim, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
 
-    def append(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write [B, K, S, W] at ``start`` and return all positions up to its end."""
-        stop = start + keys.shape[2]
-        self.keys[:, :, start:stop] = keys
-        self.values[:, :, start:stop] = values
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
+    def write(self, places: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put [B, K, S, W] at ``places`` [S] and return all of the storage."""
+        return self.keys.index_copy_(2, places, keys), self.values.index_copy_(2, places, values)
 
 
 @dataclass(frozen=True)
@@ -144,15 +141,17 @@ class Positions:
 
     ``batch``: rows B that the N tokens are. ``cosine`` and ``sine`` [S, W/2] or [B, 1, S, W/2] (None without rotary
     positions); ``interleaved``: they turn neighbouring numbers, else those half a head apart; ``mask`` [B, 1, S, keys],
-    True where a query may look (None: causal); ``start``: position in the cache of the first token.
+    True where a query may look (None: causal). With a cache, ``places`` [S] in it of the tokens; where ``mask`` is None
+    then, the one token of each row looks from place ``first`` [B] to its own.
     """
 
     batch: int
     cosine: Tensor | None = None
     sine: Tensor | None = None
     mask: Tensor | None = None
-    start: int = 0
     interleaved: bool = False
+    places: Tensor | None = None
+    first: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -191,10 +190,13 @@ class Attention(nn.Module):
         q, k = self.ops.qk_norm_rope(q, k, *angles, self.heads, kv_heads=self.kv_heads, **norms)
         v = v.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)  # q [B, H, S, W]; k, v [B, K, S, W]
         if cache is not None:
-            k, v = cache.append(positions.start, k, v)
-        if self.kv_heads < self.heads:
-            k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-        out = self.ops.attention(q, k, v, positions.mask)
+            k, v = cache.write(positions.places, k, v)
+        if cache is not None and positions.mask is None:
+            out = self.ops.decode_attention(q, k, v, positions.first, positions.places)
+        else:
+            if self.kv_heads < self.heads:
+                k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
+            out = self.ops.attention(q, k, v, positions.mask)
         return out.transpose(1, 2).reshape(qkv.shape[0], -1)
 
 

@@ -58,8 +58,10 @@ class JsonTokenizer:
             raise DataFileError(self.path, "a tokenizer without a vocabulary", "Train it first")
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        # One at a time: a batch would start a thread per core in each of our worker processes.
-        return [self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+        # Batches of one: a larger one would keep every core busy in each of our worker processes.
+        # Fast: without the place of each token in the text, which nobody asks for here; a seventh faster.
+        encode = self._tokenizer.encode_batch_fast
+        return [encode([text], add_special_tokens=False)[0].ids for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)

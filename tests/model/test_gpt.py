@@ -84,7 +84,7 @@ def test_the_key_value_cache(case):
     with torch.no_grad():
         cache = model.new_cache(len(tokens), 40)
         model.logits(tokens[:, :32], cache)
-        cache.length -= 1  # the next token overwrites the last one
+        cache.position -= 1  # the next token overwrites the last one
         wrong = model.logits(tokens[:, 32:33], cache)
     assert largest(wrong, golden["kvcache_logits_pos31_39"][:, 1:2]) > 1e-2
 

@@ -6,6 +6,7 @@ import unicodedata
 
 import pytest
 import sentencepiece
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,6 +29,13 @@ def neox(shared_data):
     return load_text_tokenizer(shared_data / "gpt-neox-20b-tokenizer.json")
 
 
+@pytest.fixture(scope="module")
+def plain_neox(shared_data):
+    tokenizer = tokenizers.Tokenizer.from_file(str(shared_data / "gpt-neox-20b-tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
 @given(UNICODE)
 def test_trained_tokenizer_is_lossless_on_normalised_text(trained, text):
     text = unicodedata.normalize("NFC", text)
@@ -42,6 +50,13 @@ def test_neox_is_lossless_on_normalised_text(neox, text):
     (ids,) = neox.encode([text])
     assert neox.decode(ids) == text
     assert all(0 <= i < 50_277 for i in ids)
+
+
+@given(UNICODE | st.sampled_from(["<|endoftext|> a", "   \n\n\t  ", "🇫🇷 👩🏽\u200d🚒", "don't I'LL 12,345.6"]))
+def test_neox_has_the_ids_of_the_librarys_plain_encoding(neox, plain_neox, text):
+    assert neox.encode([text, "x", text]) == [
+        plain_neox.encode(t, add_special_tokens=False).ids for t in (text, "x", text)
+    ]
 
 
 def test_text_that_is_not_normalised_comes_back_normalised(trained):
