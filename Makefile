@@ -80,6 +80,7 @@ bench: env
 	$(BIN)/python benchmarks/bench_recompute.py vocab.text_tokens=1024
 	$(BIN)/python benchmarks/bench_checkpoint.py
 	$(BIN)/python benchmarks/bench_memory.py
+	$(BIN)/python benchmarks/bench_scale.py
 
 lint: env
 	$(BIN)/ruff check .

@@ -4,9 +4,14 @@ Inputs: a folder of images (captions in .txt files of the same names, or in its 
 {"image": path, "caption": text}, WebDataset .tar shards, .parquet files, or the word openmoji. Samples that cannot be
 used are listed in PREFIX.ledger.jsonl. A run that was stopped goes on where it was when started again.
 
+In a SLURM array (or with --shard-index and --num-shards) every task does its share of the shards and leaves a finished
+dataset for each of them in PREFIX.shards, which tools/merge_data.py joins.
+
     python tools/preprocess_data.py --input photos --output-prefix data/photos/train --train-text-tokenizer 2048
     python tools/preprocess_data.py --input shards/*.tar --output-prefix data/web/train --text-tokenizer neox.json \
         --image-tokenizer movqgan --image-checkpoint movqgan_270M.ckpt
+    sbatch --array=0-99 --wrap "python tools/preprocess_data.py --input shards/*.tar --output-prefix data/web/train \
+        --text-tokenizer neox.json --image-tokenizer image_tokenizer.safetensors"
 """
 
 import argparse
@@ -16,19 +21,23 @@ from pathlib import Path
 
 import torch
 
-from megat2i.data.encode_part import CROPS, Encoding, code_agreement, open_tokenizers
+from megat2i.data.array_job import share_of, write_once, write_share
+from megat2i.data.decoding import CROPS
+from megat2i.data.encode_part import Encoding, code_agreement
 from megat2i.data.fit_tokenizers import fit_image_tokenizer, fit_text_tokenizer
+from megat2i.data.merge import check_output
 from megat2i.data.openmoji import SPLITS
-from megat2i.data.preprocess import Summary, check_output, preprocess
+from megat2i.data.preprocess import preprocess
 from megat2i.data.samples import Part
+from megat2i.data.shards import whole_files
 from megat2i.data.sources import find_parts
 from megat2i.files import DataFileError
 from megat2i.tokenizers.image import NETWORKS, load_image_tokenizer
 from megat2i.tokenizers.movqgan import MoVQGAN
 from megat2i.tokenizers.patch import PatchTokenizer
+from megat2i.tokenizers.text import load_text_tokenizer
 from megat2i.tokenizers.vq_tokenizer import PRECISIONS
 
-WORKERS_PER_DEVICE = 4  # some decode while another encodes
 PATCH_DEFAULTS = {"image_size": 32, "patch_size": 4, "codebook_size": 512}
 
 
@@ -76,11 +85,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--workers",
         type=int,
-        help=f"processes, each with the tokenizer (default: one per core; {WORKERS_PER_DEVICE} per CUDA device "
-        "with a network, which they share)",
+        help="processes that decode and encode; with a network on CUDA, threads that decode for the one process of "
+        "each device (default: the cores that this process may use)",
     )
     parser.add_argument("--split", choices=SPLITS, default="train", help="of openmoji (default train)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset and its tokenizers")
+    for name, text in (("shard-index", "which task this is, from 0 (in a SLURM array: its task id less the least)"),
+                       ("num-shards", "tasks that share the work (in a SLURM array: their number)")):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
     return _check(parser, parser.parse_args(arguments))
 
 
@@ -112,7 +124,31 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpars
         parser.error("--train-text-tokenizer needs at least 256: every byte has an id")
     if args.workers is not None and args.workers < 1:
         parser.error(f"--workers is {args.workers}, expected at least 1")
+    _check_share(parser, args)
     return args
+
+
+def _check_share(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Complete --shard-index and --num-shards from the environment of a SLURM array, and check what goes with them."""
+    array = [os.environ.get(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "MIN", "MAX", "COUNT")]
+    if all(array):
+        task, least, largest, count = map(int, array)
+        if None in (args.shard_index, args.num_shards) and largest - least + 1 != count:
+            parser.error(f"the task ids of this array, {least} to {largest}, are not {count} in a row: pass "
+                         "--shard-index and --num-shards")  # fmt: skip
+        args.shard_index = task - least if args.shard_index is None else args.shard_index
+        args.num_shards = count if args.num_shards is None else args.num_shards
+    if (args.shard_index is None) != (args.num_shards is None):
+        parser.error("--shard-index and --num-shards go together")
+    if args.num_shards is None:
+        return
+    if not 0 <= args.shard_index < args.num_shards:
+        parser.error(f"--shard-index is {args.shard_index}, expected 0 to {args.num_shards - 1} (--num-shards - 1)")
+    if args.image_tokenizer == "patch" or args.text_tokenizer is None:
+        remedy = "run this tool once by itself, then pass its files to --text-tokenizer and --image-tokenizer"
+        parser.error(f"tasks of an array do not fit tokenizers, which all of them need: {remedy}")
+    if args.overwrite:
+        parser.error(f"--overwrite is not for a task of an array: remove {args.output_prefix}.shards before the job")
 
 
 def prepare_tokenizers(args: argparse.Namespace, parts: list[Part]) -> Encoding:
@@ -136,7 +172,17 @@ def prepare_tokenizers(args: argparse.Namespace, parts: list[Part]) -> Encoding:
         text = folder / "text_tokenizer.json"
         print(f"training the text tokenizer {text}", flush=True)
         fit_text_tokenizer(parts, args.train_text_tokenizer, text, args.overwrite)
+    if args.num_shards:  # what the shards are made with lies beside them
+        load_text_tokenizer(text)
+        text = copied(text, folder / f"text_tokenizer{text.suffix}")
+        image = copied(image, folder / "image_tokenizer.safetensors")
     return Encoding(text, image, args.crop or opened.crop)
+
+
+def copied(path: Path, target: Path) -> Path:
+    """``target`` with the content of ``path``, which other tasks may be writing too."""
+    write_once(target, path.read_bytes())
+    return target
 
 
 def take_network(args: argparse.Namespace, path: Path) -> None:
@@ -149,30 +195,40 @@ def take_network(args: argparse.Namespace, path: Path) -> None:
         raise
     except ValueError as error:
         raise DataFileError(args.image_checkpoint, str(error), "Choose another --image-size") from error
-    if path.exists() and not args.overwrite and load_image_tokenizer(path).sha256 != network.sha256:
+    if path.exists() and not args.overwrite:
+        if load_image_tokenizer(path).sha256 == network.sha256:
+            return
         remedy = "Use it with --image-tokenizer, pass --overwrite, or choose another folder"
         raise DataFileError(path, "there is another tokenizer, and datasets may depend on it", remedy)
     print(f"taking the image tokenizer {path} from {args.image_checkpoint}", flush=True)
     network.save(path)
 
 
-def default_workers(encoding: Encoding) -> int:
-    """Number of processes where the user names none."""
-    cores = len(os.sched_getaffinity(0))  # those that this process may use
-    if torch.cuda.is_available() and open_tokenizers(encoding)[1].kind in NETWORKS:
-        return min(cores, WORKERS_PER_DEVICE * torch.cuda.device_count())
-    return cores
+def run_share(args: argparse.Namespace, parts: list[Part], encoding: Encoding, workers: int) -> str:
+    """Do the share of this task; returns what to tell the user."""
+    done = write_share(parts, args.output_prefix, encoding, workers, args.shard_index, args.num_shards)
+    shards = f"shards {done.share.start} to {done.share.stop - 1}" if done.share else "no shard"
+    folder = f"{args.output_prefix}.shards"
+    said = f"task {args.shard_index} of {args.num_shards}: {shards} of {done.shards}: {done.samples - done.refused:,} "
+    said += f"captioned images, {done.refused:,} samples refused; {done.finished} of {done.shards} shards are finished"
+    if done.samples > done.refused:
+        said += f"\ncodebook: {done.codebook}"
+    if done.finished == done.shards:
+        said += f"\nnext: python tools/merge_data.py {folder} --output-prefix {args.output_prefix}"
+    return said
 
 
-def describe(summary: Summary, prefix: Path) -> str:
-    manifest, codebook = summary.manifest, summary.codebook
+def run_whole(args: argparse.Namespace, parts: list[Part], encoding: Encoding, workers: int) -> str:
+    """Do the whole job; returns what to tell the user."""
+    prefix = args.output_prefix
+    summary = preprocess(parts, prefix, encoding, workers, args.overwrite)
+    manifest = summary.manifest
     return (
         f"{prefix}: {manifest.documents:,} captioned images, {manifest.tokens.text:,} text ids of "
         f"{manifest.text.vocab_size:,}, {manifest.tokens.image:,} image codes of {manifest.image.codebook_size:,}, "
         f"{manifest.dtype}; {summary.refused:,} samples refused"
         + (f", listed in {summary.ledger}" if summary.refused else "")
-        + f"\ncodebook: {codebook.used:,} of {manifest.image.codebook_size:,} codes occur, "
-        f"perplexity {codebook.perplexity:,.0f}"
+        + f"\ncodebook: {summary.codebook}"
     )
 
 
@@ -180,19 +236,24 @@ def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(1)  # the workers use the other cores
     try:
-        check_output(args.output_prefix, args.overwrite)  # before the time that fitting takes
         parts = find_parts(args.input, args.split)
+        if args.num_shards:
+            parts = whole_files(parts)
+            share = share_of(len(parts), args.shard_index, args.num_shards)
+        else:
+            check_output(args.output_prefix, args.overwrite)  # before the time that fitting takes
+            share = range(len(parts))
         encoding = prepare_tokenizers(args, parts)
-        if (agreement := code_agreement(parts, encoding)) is not None:
-            images, share = agreement
-            print(f"encoder precision: {share:.2%} of the codes of {images:,} images are those of float32", flush=True)
-        workers = args.workers or default_workers(encoding)
-        summary = preprocess(parts, args.output_prefix, encoding, workers, args.overwrite)
+        if (agreement := code_agreement(parts[share.start : share.stop], encoding)) is not None:
+            images, equal = agreement
+            print(f"encoder precision: {equal:.2%} of the codes of {images:,} images are those of float32", flush=True)
+        workers = args.workers or len(os.sched_getaffinity(0))  # the cores that this process may use
+        said = (run_share if args.num_shards else run_whole)(args, parts, encoding, workers)
     except DataFileError as error:
         sys.exit(f"preprocess_data.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("preprocess_data.py: interrupted; the same command goes on where it was")
-    print(describe(summary, args.output_prefix))
+    print(said)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,22 +20,18 @@ import numpy as np
 import PIL
 import torch
 
-from megat2i.data.images import CROPS as SQUARES
-from megat2i.data.images import UnreadableImage, fit_square, to_tensor
+from megat2i.data.codebook_use import CodebookUse
+from megat2i.data.decoding import BATCH, decode, readable
 from megat2i.data.indexed import IndexedDataset, IndexedWriter
-from megat2i.data.manifest import ImageContent, Manifest, Source, TextContent, TokenCounts
-from megat2i.data.samples import Part, Refused, Sample
+from megat2i.data.manifest import ImageContent, Manifest, Source, TextContent, TokenCounts, relative_path
+from megat2i.data.samples import Part, Refused
+from megat2i.data.sources import describe_source, source_identity
 from megat2i.files import DataFileError, PendingFile, commit, store_path
 from megat2i.tokenizers.image import ImageTokenizer, load_image_tokenizer
-from megat2i.tokenizers.movqgan import MoVQGAN, prepare
 from megat2i.tokenizers.text import TextTokenizer, load_text_tokenizer
 from megat2i.vocab import IMAGE, TEXT
 
-BATCH = 64  # samples tokenized together
 UINT16_IDS = 1 << 16
-CROPS = (*SQUARES, MoVQGAN.crop)
-# Decoders reduce a JPEG on reading where that leaves twice this many pixels a side: never, below 64 megapixels.
-WHOLE = 2048
 AGREEMENT_IMAGES = {"cpu": 64, "cuda": 1024}  # compared with float32 before a job in lower precision
 AGREEMENT_PARTS = 64  # that they are taken from
 
@@ -75,11 +73,12 @@ def open_tokenizers(encoding: Encoding) -> tuple[TextTokenizer, ImageTokenizer]:
 
 @dataclass(frozen=True)
 class EncodedPart:
-    """A finished part: its manifest, how many samples it refused, how often it has each code (int64 [codes])."""
+    """A finished part. ``samples`` includes the ``refused``; ``kept``: an earlier run wrote it."""
 
-    manifest: Manifest
+    samples: int
     refused: int
-    code_counts: np.ndarray
+    kept: bool
+    codebook: CodebookUse
 
 
 @dataclass
@@ -100,22 +99,22 @@ class _Written:
             self.tokens[modality] += len(ids)
 
 
-def encode_part(part: Part, prefix: Path, encoding: Encoding, report: Callable[[int], None]) -> EncodedPart:
-    """Write the store ``prefix`` of ``part`` unless a valid one is there.
+def encode_part(
+    part: Part, prefix: Path, encoding: Encoding, report: Callable[[int], None], threads: int = 1
+) -> EncodedPart:
+    """Write the store ``prefix`` of ``part`` unless a valid one is there; ``threads`` decode its images.
 
-    ``report`` is called with the number of samples done since its last call.
+    ``report`` is called with the number of samples done since its last call; never for a part that was there.
     """
     fingerprint = _fingerprint(part, encoding)
-    manifest, refused = _kept_part(prefix, fingerprint) or (None, 0)
-    if manifest is None:
-        manifest, refused = _write_part(part, prefix, encoding, fingerprint, report)
-    else:
-        report(manifest.documents + refused)
-    return EncodedPart(manifest, refused, _code_counts(prefix, manifest.image.codebook_size))
+    kept = _kept_part(prefix, fingerprint)
+    manifest, refused = kept or _write_part(part, prefix, encoding, fingerprint, report, threads)
+    codebook = CodebookUse.of_store(IndexedDataset(prefix), manifest.image.codebook_size)
+    return EncodedPart(manifest.documents + refused, refused, kept is not None, codebook)
 
 
 def _write_part(
-    part: Part, prefix: Path, encoding: Encoding, fingerprint: str, report: Callable[[int], None]
+    part: Part, prefix: Path, encoding: Encoding, fingerprint: str, report: Callable[[int], None], threads: int
 ) -> tuple[Manifest, int]:
     """Write the store ``prefix``; returns (its manifest, samples refused)."""
     store_path(prefix, ".json").unlink(missing_ok=True)
@@ -123,8 +122,11 @@ def _write_part(
     refused: list[Refused] = []
     written = _Written()
     dtype = np.uint16 if max(text.vocab_size, image.codebook_size) <= UINT16_IDS else np.int32
-    with IndexedWriter(prefix, dtype) as writer:
-        for samples, images in _readable(part, image.image_size, encoding.crop, refused, report):
+    # The digest of the source is taken beside the decoding and somewhat ahead of it, which then finds the file in
+    # memory: it comes from the disk once.
+    with ThreadPoolExecutor(1) as hashing, IndexedWriter(prefix, dtype) as writer:
+        described = hashing.submit(describe_source, part.source) if part.opens_source else None
+        for samples, images in readable(part, image.image_size, encoding.crop, refused, report, BATCH, threads):
             codes = image.encode(images).numpy()
             captions = text.encode([sample.caption for sample in samples])
             for sample, ids, image_codes in zip(samples, captions, codes, strict=True):
@@ -136,18 +138,13 @@ def _write_part(
                 written.documents += 1
                 written.add(TEXT, ids)
                 written.add(IMAGE, image_codes)
+        name = Path(os.path.abspath(part.source)).name
+        source = Source(name, written.documents, *(described.result() if described else ()))
     _write_record(prefix, fingerprint, refused)
-    manifest = _manifest(part, encoding, prefix, written, np.dtype(dtype).name, writer.digests)
+    manifest = _manifest(source, encoding, prefix, written, np.dtype(dtype).name, writer.digests)
     manifest.write(prefix)
+    manifest.verify(prefix)
     return manifest, len(refused)
-
-
-def _code_counts(prefix: Path, codebook_size: int) -> np.ndarray:
-    """How often each code stands in the store ``prefix``: int64 [codebook_size]."""
-    store = IndexedDataset(prefix)
-    if store.modes is None:  # an empty store
-        return np.zeros(codebook_size, np.int64)
-    return np.bincount(store.tokens[np.repeat(store.modes == IMAGE, store.lengths)], minlength=codebook_size)
 
 
 def code_agreement(parts: Sequence[Part], encoding: Encoding) -> tuple[int, float] | None:
@@ -167,8 +164,10 @@ def code_agreement(parts: Sequence[Part], encoding: Encoding) -> tuple[int, floa
     share = -(-wanted // max(1, len(chosen)))
     images, codes, equal = 0, 0, 0
     for part in chosen:
-        batches = _readable(part, image.image_size, encoding.crop, [], lambda _: None, min(BATCH, share))
-        for _, pixels in itertools.islice(batches, -(-share // BATCH)):
+        decoded = (decode([sample], image.image_size, encoding.crop)[0][1] for sample in part.samples())
+        found = itertools.islice((pixels for pixels in decoded if pixels is not None), share)
+        for batch in iter(lambda found=found: list(itertools.islice(found, BATCH)), []):
+            pixels = torch.stack(batch)
             same = image.encode(pixels) == exact.encode(pixels)
             images, codes, equal = images + len(pixels), codes + same.numel(), equal + int(same.sum())
     return (images, equal / codes) if codes else None
@@ -179,41 +178,12 @@ def read_refused(prefix: Path) -> list[Refused]:
     return [Refused(*pair) for pair in _read_record(prefix)["refused"]]
 
 
-def _readable(
-    part: Part, size: int, crop: str, refused: list[Refused], report: Callable[[int], None], batch: int = BATCH
-) -> Iterator[tuple[list[Sample], torch.Tensor]]:
-    """Batches of readable samples with their images uint8 [B, 3, size, size]; the others go to ``refused``."""
-    samples, images = [], []
-    for sample in part.samples():
-        report(1)
-        if isinstance(sample, Refused):
-            refused.append(sample)
-            continue
-        try:
-            images.append(_square(sample, size, crop))
-        except UnreadableImage as error:
-            refused.append(Refused(sample.name, str(error)))
-            continue
-        samples.append(sample)
-        if len(samples) == batch:
-            yield samples, torch.stack(images)
-            samples, images = [], []
-    if samples:
-        yield samples, torch.stack(images)
-
-
-def _square(sample: Sample, size: int, crop: str) -> torch.Tensor:
-    """The image of ``sample`` as uint8 [3, size, size]. Raises UnreadableImage."""
-    if crop == MoVQGAN.crop:  # from all pixels of the file, as the original does
-        return prepare(sample.image(max(size, WHOLE)), size)
-    return to_tensor(fit_square(sample.image(size), size, crop))
-
-
 def _fingerprint(part: Part, encoding: Encoding) -> str:
     text, image = open_tokenizers(encoding)
     # The last two: another release or device may round differently, and a code on the border of two then changes.
     versions = [f"Pillow {PIL.__version__}", f"torch {torch.__version__}", f"CUDA {torch.cuda.is_available()}"]
-    content = [repr(part), part.identity(), text.sha256, image.sha256, encoding.crop, *versions]
+    source = source_identity(part.source) if part.opens_source else None  # its digest is part of the manifest
+    content = [repr(part), part.identity(), source, text.sha256, image.sha256, encoding.crop, *versions]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -254,7 +224,7 @@ def _read_record(prefix: Path) -> dict:
     raise DataFileError(path, "not a record of a part", "Remove it")
 
 
-def _manifest(part: Part, encoding: Encoding, prefix: Path, written: _Written, dtype: str, digests) -> Manifest:
+def _manifest(source: Source, encoding: Encoding, prefix: Path, written: _Written, dtype: str, digests) -> Manifest:
     text, image = open_tokenizers(encoding)
     return Manifest(
         documents=written.documents,
@@ -265,7 +235,7 @@ def _manifest(part: Part, encoding: Encoding, prefix: Path, written: _Written, d
             vocab_size=text.vocab_size,
             min_id=written.least[TEXT],
             max_id=written.largest[TEXT],
-            tokenizer=text.path.name,
+            tokenizer=relative_path(text.path, prefix),
             kind=text.kind,
             sha256=text.sha256,
         ),
@@ -277,11 +247,11 @@ def _manifest(part: Part, encoding: Encoding, prefix: Path, written: _Written, d
             image_size=image.image_size,
             crop=encoding.crop,
             encoder_precision=image.encoder_precision,
-            tokenizer=encoding.image_tokenizer.name,
+            tokenizer=relative_path(encoding.image_tokenizer, prefix),
             kind=image.kind,
             sha256=image.sha256,
         ),
-        sources=(Source(part.source, written.documents, size=0),),
+        sources=(source,),
         index_sha256=digests.index_sha256,
         bin_blocks=digests.bin_blocks,
     )

@@ -19,6 +19,8 @@ MAXIMUM_PIXELS = 64_000_000
 TOO_LARGE = f"more than {MAXIMUM_PIXELS // 1_000_000} megapixels"
 MAXIMUM_BYTES = 256 * 2**20  # of an image file: more than 64 megapixels ever need
 CROPS = ("center", "pad")
+# Ours is the narrower limit. Set once: warnings.catch_warnings around each call would not be safe in threads.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 class UnreadableImage(ValueError):
@@ -33,9 +35,7 @@ def decode_image(content: bytes, size: int) -> Image.Image:
     if len(content) > MAXIMUM_BYTES:
         raise UnreadableImage(f"{len(content):,} bytes, more than {MAXIMUM_BYTES:,}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's own limits are wider than ours
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
         width, height = image.size
         if width * height > MAXIMUM_PIXELS:
             raise UnreadableImage(f"{width:,} x {height:,} pixels are {TOO_LARGE}")

@@ -1,4 +1,4 @@
-"""Token sequences on disk in Megatron's MMIDIDX format: read by memory map, write, merge.
+"""Token sequences on disk in Megatron's MMIDIDX format: read by memory map, and write.
 
 PREFIX.bin holds the tokens of all sequences end to end. PREFIX.idx says where each begins, which sequences form a
 document and, for stores of text and images, the mode (0 text, 1 image) of each. All numbers are little-endian:
@@ -11,10 +11,11 @@ import hashlib
 import mmap
 import os
 import struct
-from array import array
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -25,8 +26,9 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 # Codes 6 and 7 are floats, and Megatron and GPT-NeoX disagree on which is which; token ids are integers.
 DTYPES = {code: np.dtype(name) for code, name in ((1, "u1"), (2, "i1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2"))}
-CHECK_SEQUENCES = 1 << 20  # sequences per step of the structure check: bounds its memory
-COPY_BYTES = 1 << 22
+CHECK_SEQUENCES = 1 << 17  # sequences per step of the structure check: bounds its memory
+COPY_BYTES = 1 << 22  # copied at a time; a multiple of every item's size
+SPOOL_BYTES = 1 << 22  # of each array of a growing index that stay in memory
 MAXIMUM_LENGTH = 2**31 - 1
 
 
@@ -54,7 +56,7 @@ class IndexedDataset:
         self.manifest = Manifest.read(prefix)
         if self.manifest is not None:
             self.manifest.verify(prefix, data=False)
-        index = _map_file(self.index_path)
+        self._index = index = _map_file(self.index_path)
         self.dtype, sequences, bounds, has_modes = _read_header(self.index_path, index)
         at = HEADER.size
         self.lengths = np.frombuffer(index, "<i4", sequences, at)
@@ -105,12 +107,22 @@ class IndexedDataset:
                     f"the offset of sequence {start + int(wrong.argmax())} is not the sum of the lengths before"
                 )
             total += int(ends[-1])
-        documents = self.documents
-        if documents[0] != 0 or documents[-1] != len(self) or (documents[1:] < documents[:-1]).any():
+            self.release()
+        documents, rise = self.documents, True
+        for start in range(0, len(documents), CHECK_SEQUENCES):
+            some = documents[start : start + CHECK_SEQUENCES + 1]
+            rise = rise and not (some[1:] < some[:-1]).any()
+            self.release()
+        if documents[0] != 0 or documents[-1] != len(self) or not rise:
             self._refuse(f"document bounds do not rise from 0 to {len(self)}, the number of sequences")
         if self.modes is not None and self.modes.size and self.modes.view(np.uint8).max() > 1:
             self._refuse("a sequence has a mode other than 0 (text) and 1 (image)")
+        self.release()
         return total
+
+    def release(self) -> None:
+        """Let go of the pages of the index that were read; they come back from the file when they are needed."""
+        self._index.madvise(mmap.MADV_DONTNEED)
 
     def _check_manifest(self) -> None:
         if self.manifest is None:
@@ -175,7 +187,6 @@ class IndexedWriter:
             known = ", ".join(known.name for known in DTYPES.values())
             raise DataFileError(self._bin_path, f"dtype {self.dtype} is not one of {known}", "Choose one of these")
         self._limits = np.iinfo(self.dtype)
-        self._lengths, self._documents, self._modes = array("i"), array("q", [0]), array("b")
         self._digester = BlockDigester()
         self.digests: StoreDigests | None = None
 
@@ -183,15 +194,15 @@ class IndexedWriter:
         manifest = store_path(self.prefix, ".json")
         if manifest.exists():
             raise DataFileError(manifest, "the store is complete already", "Remove this file to write it again")
-        self._file = PendingFile(self._bin_path)
+        self._file, self._index = PendingFile(self._bin_path), GrowingIndex(self._bin_path.parent)
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
             if kind is None:
-                lengths, documents, modes = (np.asarray(a) for a in (self._lengths, self._documents, self._modes))
-                self.digests = _commit_store(self._file, self._digester, self._code, lengths, documents, modes)
+                self.digests = commit_store(self._file, self._digester, self._code, self._index)
         finally:
+            self._index.close()
             self._file.discard()
 
     def add_document(self, sequences: Sequence[np.ndarray], modes: Sequence[int] | None) -> None:
@@ -200,9 +211,10 @@ class IndexedWriter:
         ``modes`` of None, for every document: a store of plain text, which has no modes. Raises DataFileError, with
         nothing of the document written, where an id does not fit the dtype or a mode is neither 0 nor 1.
         """
-        if modes is None and not self._modes:
+        index = self._index
+        if modes is None and not index.modes.tell():
             modes = ()
-        elif modes is None or len(self._modes) != len(self._lengths):
+        elif modes is None or index.modes.tell() != index.sequences:
             self._refuse("some documents have modes and some have none", "Give modes for all or for none")
         elif len(sequences) != len(modes) or not all(mode in (0, 1) for mode in modes):
             self._refuse(f"{len(sequences)} sequences with modes {list(modes)}", "Give each sequence mode 0 or 1")
@@ -211,9 +223,9 @@ class IndexedWriter:
             data = tokens.tobytes()
             self._digester.update(data)  # before the write: damage on the way to the disk then shows
             self._file.write(data)
-            self._lengths.append(len(tokens))
-        self._modes.extend(int(mode) for mode in modes)
-        self._documents.append(len(self._lengths))
+        index.lengths.write(struct.pack(f"<{len(arrays)}i", *map(len, arrays)))
+        index.documents.write(struct.pack("<q", index.sequences))
+        index.modes.write(bytes(map(int, modes)))
 
     def _checked(self, sequence) -> np.ndarray:
         tokens = np.asarray(sequence)
@@ -228,81 +240,63 @@ class IndexedWriter:
         return tokens.astype(self.dtype, copy=False)
 
     def _refuse(self, problem: str, remedy: str):
-        raise DataFileError(self._bin_path, f"document {len(self._documents) - 1}: {problem}", remedy)
+        raise DataFileError(self._bin_path, f"document {self._index.bounds - 1}: {problem}", remedy)
 
 
-def _commit_store(file: PendingFile, digester: BlockDigester, code: int, lengths, documents, modes) -> StoreDigests:
+class GrowingIndex:
+    """The arrays of an index as they are written. What is beyond SPOOL_BYTES of each lies in an unnamed file in
+    ``folder``, the store's own, so that memory does not grow with the rows."""
+
+    def __init__(self, folder: Path):
+        # int32 per sequence; int64 per document, and the 0 before them; int8 per sequence, or nothing
+        self.lengths, self.documents, self.modes = (
+            tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=folder)  # noqa: SIM115 (closed by close)
+            for _ in range(3)
+        )
+        self.documents.write(bytes(8))
+
+    @property
+    def sequences(self) -> int:
+        return self.lengths.tell() // 4
+
+    @property
+    def bounds(self) -> int:
+        """Documents + 1."""
+        return self.documents.tell() // 8
+
+    def content(self, code: int) -> Iterator[bytes | np.ndarray]:
+        """The bytes of the .idx, piece by piece; nothing can be added after."""
+        yield HEADER.pack(MAGIC, 1, code, self.sequences, self.bounds)
+        yield from _pieces(self.lengths)
+        end = 0
+        for piece in _pieces(self.lengths):
+            sizes = np.frombuffer(piece, "<i4").astype(np.int64) * DTYPES[code].itemsize
+            ends = np.cumsum(sizes) + end
+            yield (ends - sizes).astype("<i8", copy=False)
+            end = int(ends[-1])
+        yield from _pieces(self.documents)
+        yield from _pieces(self.modes)
+
+    def close(self) -> None:
+        for file in (self.lengths, self.documents, self.modes):
+            file.close()
+
+
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    file.seek(0)
+    while piece := file.read(COPY_BYTES):
+        yield piece
+
+
+def commit_store(file: PendingFile, digester: BlockDigester, code: int, index: GrowingIndex) -> StoreDigests:
     """Write the index for the finished .bin ``file`` and give both their names, the .bin first."""
-    lengths = lengths.astype(np.int64)
-    ends = np.cumsum(lengths * DTYPES[code].itemsize)
-    parts = [
-        HEADER.pack(MAGIC, 1, code, len(lengths), len(documents)),
-        lengths.astype("<i4"),
-        (ends - lengths * DTYPES[code].itemsize).astype("<i8"),
-        documents.astype("<i8"),
-    ]
-    if modes is not None:
-        parts.append(modes.astype("i1"))
-    index, digest = PendingFile(file.path.with_name(file.path.name.removesuffix(".bin") + ".idx")), hashlib.sha256()
+    index_file = PendingFile(file.path.with_name(file.path.name.removesuffix(".bin") + ".idx"))
+    digest = hashlib.sha256()
     try:
-        for part in parts:
-            digest.update(part)
-            index.write(part)
-        commit([file, index])
+        for piece in index.content(code):
+            digest.update(piece)
+            index_file.write(piece)
+        commit([file, index_file])
     finally:
-        index.discard()
+        index_file.discard()
     return StoreDigests(digest.hexdigest(), digester.result())
-
-
-def merge(prefixes: Sequence[str | Path], output_prefix: str | Path) -> StoreDigests:
-    """Concatenate stores of one dtype, in the order given, into a new one; returns the digests for its manifest.
-
-    Stores with and without modes do not mix. The bytes of a store that has a manifest are checked on their way. One
-    store is open at a time, so their number is not bounded by the limit on open files.
-    """
-    if not prefixes:
-        raise DataFileError(store_path(output_prefix, ".bin"), "no stores to merge", "Give at least one prefix")
-    manifest = store_path(output_prefix, ".json")
-    if manifest.exists():
-        raise DataFileError(manifest, "the store is complete already", "Remove this file first")
-    lengths, documents, modes = [], [np.zeros(1, np.int64)], []
-    first, with_modes, sequences = None, None, 0
-    file, digester = PendingFile(store_path(output_prefix, ".bin")), BlockDigester()
-    try:
-        for prefix in prefixes:
-            store = IndexedDataset(prefix)
-            first = first or (store.dtype, store.index_path)
-            if store.dtype != first[0]:
-                problem = f"its dtype is {store.dtype.name}, that of {first[1]} is {first[0].name}"
-                raise DataFileError(store.index_path, problem, "Merge stores of one dtype")
-            if len(store):  # an empty store cannot tell whether it has modes
-                if with_modes not in (None, store.modes is not None):
-                    raise DataFileError(store.index_path, "only some of the stores have modes", "Merge one kind")
-                with_modes = store.modes is not None
-            lengths.append(store.lengths.copy())
-            documents.append(store.documents[1:] + sequences)
-            if with_modes and len(store):
-                modes.append(store.modes.copy())
-            sequences += len(store)
-            for chunk in _checked_bytes(store):
-                digester.update(chunk)
-                file.write(chunk)
-        code = next(code for code, dtype in DTYPES.items() if dtype == first[0])
-        joined_modes = np.concatenate(modes) if with_modes else None
-        return _commit_store(file, digester, code, np.concatenate(lengths), np.concatenate(documents), joined_modes)
-    finally:
-        file.discard()
-
-
-def _checked_bytes(store: IndexedDataset) -> Iterator[memoryview]:
-    """The bytes of the .bin in chunks; with a manifest, DataFileError at the end where they are not its bytes."""
-    data = memoryview(store.tokens.view(np.uint8))
-    digester = BlockDigester(store.manifest.bin_blocks.block_bytes) if store.manifest else None
-    for start in range(0, len(data), COPY_BYTES):
-        chunk = data[start : start + COPY_BYTES]
-        if digester:
-            digester.update(chunk)
-        yield chunk
-    if digester and digester.result() != store.manifest.bin_blocks:
-        store.manifest.verify(store.prefix)  # names the bytes
-        raise DataFileError(store.bin_path, "its bytes changed while they were read", REBUILD)

@@ -6,8 +6,9 @@ last, so its presence means that the store is complete.
 
 import hashlib
 import json
+import os
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -62,7 +63,10 @@ class ImageContent:
 
 @dataclass(frozen=True)
 class Source:
-    """One input of the store; at least one of ``sha256`` and ``size`` (bytes) identifies its content."""
+    """One input of the store, ``sha256`` and ``size`` (bytes) as ``sources.describe_source`` gives them.
+
+    Older stores have no ``sha256``; stores of a later piece of a source have neither: that of its first piece does.
+    """
 
     name: str
     samples: int
@@ -157,6 +161,12 @@ class Manifest:
             raise DataFileError(path, problem, REBUILD)
 
 
+def relative_path(path: str | Path, prefix: str | Path) -> str:
+    """``path`` as the manifest of ``prefix`` names it: from the folder that it lies in."""
+    # The real paths: where the folder is a link, ".." leads from what it points to.
+    return os.path.relpath(os.path.realpath(path), os.path.realpath(Path(prefix).parent))
+
+
 class BlockDigester:
     """Digests of a stream of bytes, block by block: feed it what is written, then take ``result``."""
 
@@ -182,12 +192,18 @@ class BlockDigester:
         return BlockDigests(self.block_bytes, (*self._finished, *last))
 
 
-def digest_file(path: Path, block_bytes: int = BLOCK_BYTES) -> BlockDigests:
-    """Block digests of an existing file, read as a stream. (IndexedWriter.digests gives them without a second read.)"""
+def digest_file(
+    path: Path, block_bytes: int = BLOCK_BYTES, report: Callable[[int], object] = lambda read: None
+) -> BlockDigests:
+    """Block digests of an existing file, read as a stream. (IndexedWriter.digests gives them without a second read.)
+
+    ``report`` is called with the number of bytes read since its last call.
+    """
     digester = BlockDigester(block_bytes)
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digester.update(chunk)
+            report(len(chunk))
     return digester.result()
 
 

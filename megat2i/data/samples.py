@@ -34,12 +34,13 @@ class Part(Protocol):
 
     source: str  # the input it belongs to, as the user wrote it
     expected: int | None  # samples, where that is known without reading
+    opens_source: bool  # whether it is the first part of its source
 
     def identity(self) -> str:
         """Changes when what the part would read changes: names, sizes and times of modification of its files."""
 
     def samples(self) -> Iterator[Sample | Refused]:
-        """The samples in their order. Call a sample's ``image`` before asking for the next; only that decodes it."""
+        """The samples in their order. Only a sample's ``image`` decodes it: at any time, in any thread."""
 
 
 def file_identity(path: str | Path) -> str:

@@ -5,11 +5,12 @@ that point outside are refused by name.
 """
 
 import functools
+import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
@@ -27,36 +28,43 @@ PARQUET_CAPTIONS = ("caption", "text", "TEXT")
 PARQUET_BATCH = 32  # rows held in memory at a time
 
 
+class _SharedFile(io.FileIO):
+    """A file that is closed when the last sample that may still read from it is gone."""
+
+    def __del__(self):
+        self.close()
+
+
 @dataclass(frozen=True)
 class TarPart:
     """One shard. The members of a sample follow each other and share their name up to the first dot."""
 
     source: str
     expected: int | None = None  # known only after reading
+    opens_source: bool = True
 
     def identity(self) -> str:
         return file_identity(self.source)
 
     def samples(self) -> Iterator[Sample | Refused]:
-        with open(self.source, "rb") as file:
-            key, group = None, {}
-            for member in _members(file):
-                if isinstance(member, Refused):
-                    yield member
-                    continue
-                path = PurePosixPath(member.name)
-                stem, _, ending = path.name.partition(".")
-                if not stem:  # .DS_Store, ._0001.jpg: what a file manager left
-                    yield Refused(member.name, "a hidden file")
-                    continue
-                member_key, ending = str(path.with_name(stem)), "." + ending.lower()
-                if member_key != key or ending in group:
-                    if group:
-                        yield _tar_sample(file, key, group)
-                    key, group = member_key, {}
-                group[ending] = member
-            if group:
-                yield _tar_sample(file, key, group)
+        file, key, group = _SharedFile(self.source), None, {}
+        for member in _members(file):
+            if isinstance(member, Refused):
+                yield member
+                continue
+            path = PurePosixPath(member.name)
+            stem, _, ending = path.name.partition(".")
+            if not stem:  # .DS_Store, ._0001.jpg: what a file manager left
+                yield Refused(member.name, "a hidden file")
+                continue
+            member_key, ending = str(path.with_name(stem)), "." + ending.lower()
+            if member_key != key or ending in group:
+                if group:
+                    yield _tar_sample(file, key, group)
+                key, group = member_key, {}
+            group[ending] = member
+        if group:
+            yield _tar_sample(file, key, group)
 
 
 def tar_parts(path: Path) -> list[TarPart]:
@@ -155,6 +163,10 @@ class ParquetPart:
     row: int
     expected: int
 
+    @property
+    def opens_source(self) -> bool:
+        return self.row == 0
+
     def identity(self) -> str:
         return f"{file_identity(self.source)}: row groups {self.first} to {self.last}"
 
@@ -209,6 +221,17 @@ def parquet_parts(path: Path) -> list[ParquetPart]:
             parts.append(ParquetPart(str(path), image, caption, first, group + 1, row, rows))
             first, row, rows = group + 1, row + rows, 0
     return parts
+
+
+def whole_files(parts: Sequence) -> list:
+    """The same work with one part for each Parquet file."""
+    whole = []
+    for part in parts:
+        if isinstance(part, ParquetPart) and part.row:
+            first = whole.pop()
+            part = replace(first, last=part.last, expected=first.expected + part.expected)
+        whole.append(part)
+    return whole
 
 
 def _has_bytes(field: pa.Field) -> bool:

@@ -29,8 +29,10 @@ from megat2i.data.samples import (
 )
 from megat2i.data.shards import parquet_parts, tar_parts
 from megat2i.files import DataFileError
+from megat2i.weights_file import file_sha256
 
 IMAGE_KEYS, CAPTION_KEYS = ("image", "file_name"), ("caption", "text")
+METADATA = "metadata.jsonl"  # of a folder: the captions of its images, as Hugging Face writes them
 KINDS = "a folder of images, a .jsonl file, WebDataset .tar shards, .parquet files or the word openmoji"
 
 
@@ -43,9 +45,7 @@ def find_parts(inputs: Sequence[str], openmoji_split: str) -> list[Part]:
         if text == "openmoji":
             parts += openmoji_parts(openmoji_split)
         elif path.is_dir():
-            parts += (
-                jsonl_parts(path / "metadata.jsonl", text) if (path / "metadata.jsonl").exists() else folder_parts(path)
-            )
+            parts += jsonl_parts(path / METADATA, text) if (path / METADATA).exists() else folder_parts(path)
         elif not path.exists():
             raise DataFileError(text, "no such file or folder", f"Pass {KINDS}")
         elif path.suffix in by_suffix:
@@ -65,6 +65,7 @@ class FolderPart:
 
     source: str
     names: tuple[str, ...]  # relative to the folder
+    opens_source: bool
 
     @property
     def expected(self) -> int:
@@ -102,7 +103,7 @@ def folder_parts(folder: Path) -> list[FolderPart]:
         remedy = f"Pass {KINDS}; shards in a folder are passed as FOLDER/*.tar or FOLDER/*.parquet"
         raise DataFileError(folder, f"no {', '.join(IMAGE_SUFFIXES)} file in this folder", remedy)
     names.sort()
-    return [FolderPart(str(folder), tuple(names[i : i + BLOCK])) for i in range(0, len(names), BLOCK)]
+    return [FolderPart(str(folder), tuple(names[i : i + BLOCK]), i == 0) for i in range(0, len(names), BLOCK)]
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,10 @@ class JsonlPart:
     end: int
     line: int
     expected: int
+
+    @property
+    def opens_source(self) -> bool:
+        return self.start == 0
 
     def identity(self) -> str:
         """The lines themselves, and the files they name; the rest of the JSONL file does not matter."""
@@ -187,6 +192,10 @@ class OpenMojiPart:
     expected: int
     source: str = "openmoji"
 
+    @property
+    def opens_source(self) -> bool:
+        return self.start == 0
+
     def identity(self) -> str:
         drawings = openmoji.captioned_images(self.split)[self.start : self.start + self.expected]
         return f"{openmoji.VERSION}\n{drawings}"
@@ -202,10 +211,28 @@ def openmoji_parts(split: str) -> list[OpenMojiPart]:
     return [OpenMojiPart(split, start, min(BLOCK, total - start)) for start in range(0, total, BLOCK)]
 
 
-def source_bytes(source: str) -> int:
-    """Bytes of an input: of the file, of all files below the folder, or of OpenMoji's font."""
+def describe_source(source: str) -> tuple[str, int]:
+    """(SHA-256, bytes) of an input: of a file's content; of OpenMoji's release and font.
+
+    Of a folder: the digest of the sorted list of its images, captions and metadata files with their sizes, and the sum
+    of these. Reading all of them twice would cost more than it tells: their content is in the tokens.
+    """
     if source == "openmoji":
-        return openmoji.font_bytes()
+        return hashlib.sha256(openmoji.VERSION.encode()).hexdigest(), openmoji.font_bytes()
     if not os.path.isdir(source):
-        return os.path.getsize(source)
-    return sum(os.lstat(os.path.join(root, file)).st_size for root, _, files in os.walk(source) for file in files)
+        return file_sha256(source), os.path.getsize(source)
+    listing, total = hashlib.sha256(), 0
+    for root, folders, files in os.walk(source):
+        folders.sort()
+        for file in sorted(files):
+            if file.lower().endswith((*IMAGE_SUFFIXES, ".txt")) or file == METADATA:
+                path = os.path.join(root, file)
+                size = os.lstat(path).st_size
+                listing.update(os.fsencode(os.path.relpath(path, source)) + f"\0{size}\n".encode())
+                total += size
+    return listing.hexdigest(), total
+
+
+def source_identity(source: str) -> str:
+    """Changes when what ``describe_source`` says changes, without reading a file."""
+    return describe_source(source)[0] if os.path.isdir(source) else file_identity(source)

@@ -21,7 +21,7 @@ LAYOUTS = {
     "image_only": (("<doc>", "<image>"), IMAGE, ("</image>", "</doc>")),
     "text_only": (("<doc>", "<text>"), TEXT, ("</text>", "</doc>")),
 }
-CHECK_DOCUMENTS = 1 << 20  # documents per step of the check at opening: bounds its memory
+CHECK_DOCUMENTS = 1 << 17  # documents per step of the check at opening: bounds its memory
 
 
 @dataclass(frozen=True)
@@ -251,6 +251,7 @@ class T2IDataset:
             if wrong.any():
                 problem = f"document {start + int(wrong.argmax())} does not have sequences of modes {pattern}"
                 self._refuse(problem, "Every document must be made as the first one is")
+            store.release()
         return pattern
 
     def _check_images(self) -> None:
@@ -258,7 +259,11 @@ class T2IDataset:
         if IMAGE not in self.modalities:
             return
         lengths = self.store.lengths[self._pattern.index(IMAGE) :: len(self._pattern)]
-        shortest, longest = int(lengths.min()), int(lengths.max())
+        shortest, longest = int(lengths[0]), int(lengths[0])
+        for start in range(0, len(lengths), CHECK_DOCUMENTS):
+            some = lengths[start : start + CHECK_DOCUMENTS]
+            shortest, longest = min(shortest, int(some.min())), max(longest, int(some.max()))
+            self.store.release()
         if shortest < 1 or longest + self._specials > self.sequence_length:
             problem = f"images have {shortest} to {longest} codes; {self._specials} specials are added to a row"
             self._refuse(

@@ -68,7 +68,7 @@ def extend(
 
 
 def require_file(path: str, names: list[str], vocab: VocabLayout, hidden: int) -> None:
-    """Raises DataFileError where ``path`` lacks image rows for the tables ``names``, but for the output, which may be absent."""
+    """Raises DataFileError where ``path`` lacks rows for a table of ``names``; those of the output may be absent."""
     specs = WeightFiles(path).specs
     for name in names:
         if name == "output.weight" and name not in specs:

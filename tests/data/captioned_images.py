@@ -2,9 +2,13 @@
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import tarfile
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +80,40 @@ def output_bytes(prefix: Path) -> dict[str, bytes]:
 def tool(*arguments, check=True, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, TOOL, *map(str, arguments)]
     return subprocess.run(command, check=check, capture_output=True, text=True, **options)
+
+
+@contextmanager
+def locked(folder: Path, first: int = 0, number: int = 0):
+    """Another process holds the lock of ``number`` parts (0: all) of a parts folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX, int(sys.argv[3]), "
+    hold += "int(sys.argv[2])); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(folder / "lock"), str(first), str(number)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        yield
+        process.stdin.close()
+
+
+def wait_for_parts(process, folder: Path, number: int) -> list[Path]:
+    """The manifests of the finished parts as soon as there are ``number``."""
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        finished = [path for path in sorted(folder.glob("*.json")) if path.stem.isdecimal()]
+        if len(finished) >= number:
+            return finished
+        time.sleep(0.005)
+    raise AssertionError(f"{number} parts did not appear while the process ran (exit code {process.poll()})")
+
+
+def wait_for_workers(session: int) -> None:
+    """Until no process of the session is left: orphaned workers must end by themselves."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(session, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.killpg(session, signal.SIGKILL)
+    raise AssertionError("workers outlived their parent by 20 seconds")

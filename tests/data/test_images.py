@@ -110,6 +110,7 @@ def png_claiming(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize(("width", "height"), [(20_000, 20_000), (9_000, 8_000), (13_000, 7_000)])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as images.py has it outside of pytest
 def test_a_decompression_bomb_is_refused_by_its_header(width, height):
     with pytest.raises(UnreadableImage, match="more than 64 megapixels"):
         decode_image(png_claiming(width, height), 32)

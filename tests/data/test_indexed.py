@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,38 @@ def test_plain_text_is_written_without_modes(tmp_path):
             writer.add_document([np.arange(3)], None)
 
 
+def write_many(prefix: Path, documents: int) -> None:
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for number in range(documents):
+            writer.add_document([np.zeros(number % 5, np.int64), np.ones(2, np.int64)], [0, 1])
+
+
+def test_an_index_that_outgrew_memory_has_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(indexed, "SPOOL_BYTES", 1000)
+    monkeypatch.setattr(indexed, "COPY_BYTES", 400)
+    write_many(tmp_path / "s", 500)
+    lengths = [length for number in range(500) for length in (number % 5, 2)]
+    assert (tmp_path / "s.idx").read_bytes() == index_bytes(lengths, range(0, 1001, 2), 8, 2, [0, 1] * 500)
+    assert files_of(tmp_path) == {"s.idx", "s.bin"}
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
+    def peak(name: str, documents: int) -> int:
+        tracemalloc.start()
+        try:
+            write_many(tmp_path / name, documents)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    monkeypatch.setattr(indexed, "COPY_BYTES", 1 << 12)
+    monkeypatch.setattr(indexed, "SPOOL_BYTES", 1 << 30)
+    growth_in_memory = peak("a", 10_000) - peak("b", 1_000)
+    monkeypatch.setattr(indexed, "SPOOL_BYTES", 1 << 12)
+    growth = peak("c", 10_000) - peak("d", 1_000)
+    assert growth < 20_000 < 9_000 * 18 < growth_in_memory  # 18 bytes of index a document
+
+
 def test_sequence_outlives_the_store(store, pairs):
     opened = IndexedDataset(store)
     sequence, view = opened.sequence(1), opened.view(1)
@@ -152,6 +185,7 @@ def test_exception_leaves_no_file(tmp_path):
 
 
 def write_until_killed(prefix, ready):
+    indexed.SPOOL_BYTES = 64  # the index is on the disk, too, when the signal comes
     with IndexedWriter(prefix, np.uint16) as writer:
         while True:
             writer.add_document([np.arange(1000)], [0])

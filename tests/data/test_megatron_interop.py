@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from megat2i.data.indexed import IndexedDataset, IndexedWriter, merge
+from megat2i.data.indexed import IndexedDataset, IndexedWriter
+from megat2i.data.merge import merge
 from megat2i.data.t2i_dataset import T2IDataset
 from megat2i.vocab import VocabLayout
 
@@ -96,7 +97,7 @@ def test_same_bytes_as_megatrons_builder(megatron, tmp_path, dtype):
     for suffix in (".idx", ".bin"):
         assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
     # Merging equals its add_index.
-    merge([tmp_path / "ours", tmp_path / "theirs"], tmp_path / "merged")
+    merge([tmp_path / "ours", tmp_path / "theirs"], tmp_path / "merged", len)
     builder = megatron.IndexedDatasetBuilder(str(tmp_path / "added.bin"), dtype=dtype, multimodal=True)
     for name in ("ours", "theirs"):
         builder.add_index(str(tmp_path / name))

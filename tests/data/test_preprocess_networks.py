@@ -96,7 +96,7 @@ def test_codebook_use_is_counted_over_new_and_kept_parts(tmp_path, encoding, mon
 
     before = output_bytes(prefix)
     with monkeypatch.context() as patch, pytest.raises(Stop):  # after all parts, before they are merged
-        patch.setattr("megat2i.data.preprocess.merge", stop)
+        patch.setattr("megat2i.data.preprocess.write_dataset", stop)
         run(source, prefix, encoding, overwrite=True)
     with monkeypatch.context() as patch:
         patch.setattr("megat2i.data.encode_part._write_part", stop)  # all of them are kept

@@ -1,11 +1,9 @@
 """Interrupted and repeated runs: nothing half-done looks complete, nothing stale is kept, nothing replaced unasked."""
 
-import fcntl
 import os
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -14,16 +12,19 @@ from captioned_images import (
     OUTPUTS,
     TOOL,
     caption,
+    locked,
     make_encoding,
     output_bytes,
     picture,
     run,
     tool,
+    wait_for_parts,
+    wait_for_workers,
     write_images,
     write_shards,
 )
 
-import megat2i.data.preprocess as engine
+import megat2i.data.encoders as engine
 from megat2i.data.encode_part import Encoding
 from megat2i.data.indexed import IndexedDataset
 from megat2i.data.manifest import Manifest
@@ -64,30 +65,6 @@ def test_sigkill_in_the_middle_then_the_same_command_gives_the_same_bytes(tmp_pa
     tool(*arguments, tmp_path / "whole" / "train")
     assert output_bytes(prefix) == output_bytes(tmp_path / "whole" / "train")
     assert sorted(path.name for path in prefix.parent.iterdir()) == sorted(f"train{suffix}" for suffix in OUTPUTS)
-
-
-def wait_for_parts(process, folder: Path, number: int) -> list[Path]:
-    """The manifests of the finished parts as soon as there are ``number``."""
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
-        finished = [path for path in folder.glob("*.json") if not path.name.endswith(".record.json")]
-        if len(finished) >= number:
-            return finished
-        time.sleep(0.005)
-    raise AssertionError(f"{number} parts did not appear while the process ran (exit code {process.poll()})")
-
-
-def wait_for_workers(session: int) -> None:
-    """Until no process of the session is left: orphaned workers must end by themselves."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(session, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.05)
-    os.killpg(session, signal.SIGKILL)
-    raise AssertionError("workers outlived their parent by 20 seconds")
 
 
 class _Stop(Exception):
@@ -176,9 +153,6 @@ def test_a_failed_replacement_leaves_the_old_dataset_whole(tmp_path, encoding, s
 
 def test_two_runs_on_one_prefix_do_not_mix(tmp_path, encoding):
     source, prefix = write_images(tmp_path / "in", 6), tmp_path / "out" / "train"
-    Path(f"{prefix}.parts").mkdir(parents=True)
-    with open(f"{prefix}.parts/lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(DataFileError, match="another run is writing this dataset"):
-            run(source, prefix, encoding)
+    with locked(Path(f"{prefix}.parts")), pytest.raises(DataFileError, match="another run is writing this dataset"):
+        run(source, prefix, encoding)
     run(source, prefix, encoding)

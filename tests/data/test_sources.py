@@ -21,7 +21,7 @@ from source_layouts import (
 from megat2i.data import samples as samples_module
 from megat2i.data.images import UnreadableImage
 from megat2i.data.samples import Sample
-from megat2i.data.sources import find_parts, source_bytes
+from megat2i.data.sources import describe_source, find_parts
 from megat2i.files import DataFileError
 
 
@@ -64,7 +64,7 @@ def test_openmoji_is_a_source_and_respects_the_split():
     train, valid = read(["openmoji"]), read(["openmoji"], "valid")
     assert not {sample.caption for sample in train} & {sample.caption for sample in valid}
     assert valid[0].image(32).size == (32, 32)
-    assert source_bytes("openmoji") > 1_000_000
+    assert describe_source("openmoji")[1] > 1_000_000
 
 
 def test_several_inputs_follow_each_other(tmp_path):

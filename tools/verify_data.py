@@ -1,0 +1,187 @@
+"""Check datasets from the first byte to the last: structure, digests, ranges of ids, tokenizers, use of codes.
+
+    python tools/verify_data.py data/photos/train
+    python tools/verify_data.py data/web/train.shards --samples 16 --grid samples.png
+
+Prints one line for every fault and ends with status 1 where there is one. A PREFIX.shards folder stands for all of its
+shards. Of a store without a manifest (other programs write none) only the structure can be checked. With --grid some
+samples are decoded and drawn with their captions: what digests cannot tell, the eye sees.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from megat2i.data.array_job import shard_prefixes
+from megat2i.data.codebook_use import CodebookUse, token_blocks
+from megat2i.data.indexed import IndexedDataset
+from megat2i.data.manifest import Manifest, TokenCounts, digest_file
+from megat2i.files import DataFileError, store_path
+from megat2i.pictures import save_png, sheet
+from megat2i.tokenizers.image import load_image_tokenizer
+from megat2i.tokenizers.text import load_text_tokenizer
+from megat2i.vocab import IMAGE, TEXT
+from megat2i.weights_file import file_sha256
+
+GIVEN = {"text": "--text-tokenizer", "image": "--image-tokenizer"}
+
+
+def parse_arguments() -> argparse.Namespace:
+    description, _, more = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="PREFIX")
+    for option in GIVEN.values():
+        parser.add_argument(option, type=Path, metavar="FILE", help="default: where the manifest says")
+    parser.add_argument("--samples", type=int, default=16, metavar="N", help="pictures of the grid (default 16)")
+    parser.add_argument("--grid", type=Path, metavar="PNG", help="decode samples of the datasets into this picture")
+    args = parser.parse_args()
+    if args.samples < 1:
+        parser.error(f"--samples is {args.samples}, expected at least 1")
+    return args
+
+
+def faults(prefix: Path, tokenizers: dict[str, Path | None]) -> Iterator[str]:
+    """One line for everything that is wrong with the dataset ``prefix``. Prints what it holds."""
+    try:
+        manifest = Manifest.read(prefix)
+        damaged = list(_byte_faults(prefix, manifest)) if manifest else []
+        yield from damaged
+        if manifest:
+            yield from _tokenizer_faults(prefix, manifest, tokenizers)
+        if damaged:  # what else would be found are its consequences
+            return
+        store = IndexedDataset(prefix)
+        size = f"{store.number_of_documents:,} documents, {len(store):,} sequences, {len(store.tokens):,} tokens"
+        print(f"{prefix}: {size}{'' if manifest else '; no manifest: only the structure was checked'}")
+        if manifest:
+            yield from _token_faults(store, manifest)
+    except DataFileError as error:
+        yield str(error)
+
+
+def _byte_faults(prefix: Path, manifest: Manifest) -> Iterator[str]:
+    try:
+        manifest.verify(prefix, data=False)
+    except DataFileError as error:
+        yield str(error)
+    path, block = store_path(prefix, ".bin"), manifest.bin_blocks.block_bytes
+    if not path.exists():
+        return
+    with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=f"digests of {path.name}", delay=1) as bar:
+        found = digest_file(path, block, bar.update).sha256
+    for number, (expected, actual) in enumerate(zip_longest(manifest.bin_blocks.sha256, found)):
+        if expected != actual:
+            yield f"{path}: bytes {number * block:,} to {(number + 1) * block - 1:,} differ from the manifest's digest"
+
+
+def _tokenizer_faults(prefix: Path, manifest: Manifest, given: dict[str, Path | None]) -> Iterator[str]:
+    for name in GIVEN:
+        content = getattr(manifest, name)
+        if content is None:
+            continue
+        path = given[name] or prefix.parent / content.tokenizer
+        try:
+            if file_sha256(path) != content.sha256:
+                yield f"{path}: its SHA-256 is not the {name}.sha256 of {store_path(prefix, '.json').name}"
+        except DataFileError as error:
+            yield f"{error}, or pass {GIVEN[name]}"
+
+
+def _token_faults(store: IndexedDataset, manifest: Manifest) -> Iterator[str]:
+    """Compare every id with what the manifest says of ids: ranges, numbers, vocabularies; and the use of codes."""
+    least, largest, numbers = [None, None], [None, None], [0, 0]
+    counts = np.zeros(manifest.image.codebook_size if manifest.image else 0, np.int64)
+    name = store.bin_path.name
+    with tqdm(total=len(store.tokens), unit=" tokens", unit_scale=True, desc=f"ids of {name}", delay=1) as bar:
+        for tokens, is_image in token_blocks(store):
+            for modality, ids in ((TEXT, tokens[~is_image]), (IMAGE, tokens[is_image])):
+                if len(ids):
+                    low, high = int(ids.min()), int(ids.max())
+                    least[modality] = low if least[modality] is None else min(low, least[modality])
+                    largest[modality] = high if largest[modality] is None else max(high, largest[modality])
+                    numbers[modality] += len(ids)
+            codes = tokens[is_image]
+            counts += np.bincount(codes[(codes >= 0) & (codes < len(counts))], minlength=len(counts))
+            bar.update(len(tokens))
+    path = store_path(store.prefix, ".json")
+    if TokenCounts(*numbers) != manifest.tokens:
+        yield f"{path}: tokens says {manifest.tokens}, there are {TokenCounts(*numbers)}"
+    for modality, field, kind, size in ((TEXT, "text", "id", "vocab_size"), (IMAGE, "image", "code", "codebook_size")):
+        if (content := getattr(manifest, field)) is None:
+            continue
+        said = (getattr(content, f"min_{kind}"), getattr(content, f"max_{kind}"))
+        if said != (least[modality], largest[modality]):
+            found = f"{least[modality]} to {largest[modality]}"
+            yield f"{path}: {field} {kind}s are {said[0]} to {said[1]}, {name} has {found}"
+        if largest[modality] is not None and not 0 <= least[modality] <= largest[modality] < getattr(content, size):
+            found = f"{least[modality]} to {largest[modality]}"
+            yield f"{store.bin_path}: {field} {kind}s are {found}, {size} is {getattr(content, size)}"
+    if manifest.image is not None:
+        yield from _codebook_faults(store, CodebookUse(counts))
+
+
+def _codebook_faults(store: IndexedDataset, found: CodebookUse) -> Iterator[str]:
+    said = CodebookUse.read(store.prefix, len(found.counts))
+    if said is not None and not np.array_equal(said.counts, found.counts):
+        yield f"{store_path(store.prefix, '.codebook.json')}: its counts are not those of the tokens"
+    if found.used:
+        print(f"codebook: {found}")
+
+
+def draw(prefixes: list[Path], given: dict[str, Path | None], samples: int, path: Path) -> None:
+    """Decode documents spread evenly over the datasets and write them with their captions to ``path``."""
+    cells = []
+    for number, prefix in enumerate(prefixes):
+        share = (number + 1) * samples // len(prefixes) - number * samples // len(prefixes)
+        manifest = Manifest.read(prefix)
+        if not share or manifest is None or not manifest.documents or None in (manifest.text, manifest.image):
+            continue
+        files = [given[name] or prefix.parent / getattr(manifest, name).tokenizer for name in GIVEN]
+        text, image = load_text_tokenizer(files[0]), load_image_tokenizer(files[1])
+        store = IndexedDataset(prefix)
+        share = min(share, store.number_of_documents)
+        for document in (i * store.number_of_documents // share for i in range(share)):
+            caption, codes = (store.sequence(sequence) for sequence in store.document(document))
+            picture = image.decode(torch.from_numpy(codes.astype(np.int64))[None])[0]
+            cells.append((text.decode(caption.tolist()), [picture.cpu().numpy()]))
+    if not cells:
+        raise DataFileError(path, "there is no captioned image to draw", "Pass a dataset with a manifest")
+    save_png(sheet(cells, columns=min(8, len(cells))), path)
+    print(f"{path}: {len(cells)} samples")
+
+
+def main() -> None:
+    args = parse_arguments()
+    given = {"text": args.text_tokenizer, "image": args.image_tokenizer}
+    found, prefixes = 0, []
+    for path in args.inputs:
+        try:
+            prefixes += shard_prefixes(path) if path.is_dir() else [path]
+        except DataFileError as error:
+            found += 1
+            print(f"FAULT {error}")
+    for prefix in prefixes:
+        for line in faults(prefix, given):
+            found += 1
+            print(f"FAULT {line}", flush=True)
+    if args.grid and not found:
+        try:
+            draw(prefixes, given, args.samples, args.grid)
+        except DataFileError as error:
+            found += 1
+            print(f"FAULT {error}")
+    if found:
+        sys.exit(1)
+    print(f"no fault in {len(prefixes):,} dataset{'s' * (len(prefixes) > 1)}")
+
+
+if __name__ == "__main__":
+    main()
