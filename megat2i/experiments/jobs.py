@@ -1,9 +1,12 @@
 """Jobs of commands that need each other: run side by side, shown in one progress view, gone on with after any stop."""
 
+import ctypes
+import hashlib
 import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,18 +20,19 @@ from megat2i.files import write_file
 
 LAST_LINES = 12  # of a failed job's log in the error
 POLL_S = 0.2
+PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 
 
 class JobError(RuntimeError):
-    """A job that failed, or was done with other commands; the message says what to do."""
+    """A job that failed, or was done otherwise; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """``command`` makes ``output``, a folder or file.
+    """``command`` makes ``output``, a folder or file, from what ``needs`` made and from the files ``inputs``.
 
-    ``steps``: of a training run, whose folder ``output`` is: it resumes where it was. Any other output is removed
-    before the command starts, since a stopped one may have left a part of it.
+    ``steps``: of a training run, whose folder ``output`` is: it resumes where it was. ``goes_on``: the command itself
+    goes on with what is there. Any other output is removed before the command starts, since it may be half of one.
     """
 
     name: str
@@ -36,6 +40,8 @@ class Job:
     output: Path
     needs: tuple[str, ...] = ()
     steps: int = 0
+    inputs: tuple[Path, ...] = ()
+    goes_on: bool = False
 
     def resumed_command(self) -> tuple[str, ...]:
         return (*self.command, "--resume") if self.steps and (self.output / "config.yaml").exists() else self.command
@@ -57,30 +63,31 @@ class Job:
 def run_jobs(jobs: Sequence[Job], folder: Path, workers: int) -> None:
     """Run what is not done yet, ``workers`` at a time in the order given; logs and marks of completion in ``folder``.
 
-    Every job gets its share of the cores. Raises JobError, after the jobs under way were stopped.
+    Every job gets its share of the cores. Raises JobError, after the jobs under way were stopped; they also end where
+    this process is killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = {job.name for job in jobs if _is_done(job, folder)}
     waiting = [job for job in jobs if job.name not in done]
-    running: dict[str, tuple[Job, subprocess.Popen]] = {}
+    running: dict[str, tuple[Job, subprocess.Popen, float]] = {}
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
-    total = sum(job.steps for job in jobs)
     interval = 0.5 if sys.stderr.isatty() else 30.0
-    bar = tqdm(total=total, unit="step", mininterval=interval, maxinterval=interval, desc=f"0 of {len(jobs)} jobs")
+    bar = tqdm(total=sum(job.steps for job in jobs), unit="step", mininterval=interval, maxinterval=interval)
     bar.update(sum(job.steps for job in jobs if job.name in done))
     try:
         while waiting or running:
             for job in [job for job in waiting if done.issuperset(job.needs)][: workers - len(running)]:
                 waiting.remove(job)
-                running[job.name] = job, _start(job, folder, environment)
+                running[job.name] = job, _start(job, folder, environment), time.monotonic()
             time.sleep(POLL_S)
-            for job, process in list(running.values()):
+            for job, process, began in list(running.values()):
                 if process.poll() is None:
                     continue
                 del running[job.name]
                 if process.returncode:
                     raise JobError(_failure(job, process.returncode, folder))
-                write_file(_mark(job, folder), json.dumps({"command": job.command}).encode())
+                seconds = {"seconds": time.monotonic() - began}
+                write_file(_mark(job, folder), json.dumps(_made_from(job, folder) | seconds).encode())
                 done.add(job.name)
             steps = sum(job.steps if job.name in done else job.steps_done() for job in jobs)
             bar.set_description(f"{len(done)} of {len(jobs)} jobs", refresh=False)
@@ -88,34 +95,59 @@ def run_jobs(jobs: Sequence[Job], folder: Path, workers: int) -> None:
             bar.update(steps - bar.n)
     finally:
         bar.close()
-        for _, process in running.values():
+        for _, process, _ in running.values():
             process.terminate()
-        for _, process in running.values():
+        for _, process, _ in running.values():
             process.wait()
 
 
+def seconds_of(job: Job, folder: Path) -> float:
+    """How long the launch that finished ``job`` took."""
+    return json.loads(_mark(job, folder).read_text())["seconds"]
+
+
 def _start(job: Job, folder: Path, environment: dict) -> subprocess.Popen:
-    if not job.steps and job.output.exists():
+    if not job.steps and not job.goes_on and job.output.exists():
         shutil.rmtree(job.output) if job.output.is_dir() else job.output.unlink()
     with open(folder / f"{job.name}.log", "ab") as log:
         command = job.resumed_command()
         log.write(f"$ {shlex.join(command)}\n".encode())
         log.flush()
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=_end_with_parent
+        )
+
+
+def _end_with_parent() -> None:
+    """Else a killed parent's jobs would write beside those of the next one."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _mark(job: Job, folder: Path) -> Path:
     return folder / f"{job.name}.done.json"
 
 
+def _made_from(job: Job, folder: Path) -> dict:
+    """All that decides what the job makes: its command, its inputs, and what those before it were made from."""
+    inputs = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in job.inputs}
+    before = {}
+    for need in job.needs:
+        mark = json.loads((folder / f"{need}.done.json").read_text())
+        del mark["seconds"]
+        before[need] = hashlib.sha256(json.dumps(mark).encode()).hexdigest()
+    return {"command": list(job.command), "inputs": inputs, "needs": before}
+
+
 def _is_done(job: Job, folder: Path) -> bool:
     mark = _mark(job, folder)
-    if not mark.exists():
+    if not mark.exists() or not all((folder / f"{need}.done.json").exists() for need in job.needs):
         return False
-    if json.loads(mark.read_text())["command"] != list(job.command):
+    made, now = json.loads(mark.read_text()), _made_from(job, folder)
+    different = [key for key in now if made.get(key) != now[key]]
+    if different:
         raise JobError(
-            f"{mark}: {job.name} was done with another command; remove {folder.parent} to begin anew, or give the same "
-            "options as before"
+            f"{mark}: {job.name} was done with other {', '.join(different)}; remove {folder.parent} to begin anew, or "
+            "give the same options and files as before"
         )
     if not job.output.exists():
         raise JobError(f"{job.output}: made by {job.name} and gone since; remove {mark} to make it again")

@@ -1,8 +1,11 @@
 """Jobs: order, marks of completion, failures, resumption; with real processes."""
 
 import json
+import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -31,7 +34,17 @@ def test_needs_come_first_and_done_jobs_are_not_done_again(tmp_path):
     assert (tmp_path / "order").read_text() == "abcd"
 
 
-def test_as_many_side_by_side_as_asked(tmp_path):
+def test_two_side_by_side(tmp_path):
+    """Each waits for what the other makes first: one after the other they would never end."""
+    jobs = []
+    for name, other in ("ab", "ba"):
+        wait = f"import os, time\n{append(tmp_path / f'{name}.begun', name)}\nend = time.time() + 60\n"
+        wait += f"while not os.path.exists({str(tmp_path / f'{other}.begun')!r}): assert time.time() < end\n"
+        jobs.append(writing(tmp_path, name, more=wait))
+    run_jobs(jobs, tmp_path / "jobs", 2)
+
+
+def test_one_at_a_time(tmp_path):
     jobs = [writing(tmp_path, name, more="import time; time.sleep(1)") for name in "ab"]
     began = time.monotonic()
     run_jobs(jobs, tmp_path / "jobs", 1)
@@ -54,7 +67,7 @@ def test_a_failure_says_what_the_log_says_and_the_rest_goes_on_later(tmp_path):
 
 def test_another_command_and_a_lost_output_are_refused(tmp_path):
     run_jobs([writing(tmp_path, "a")], tmp_path / "jobs", 1)
-    with pytest.raises(JobError, match="a was done with another command; remove"):
+    with pytest.raises(JobError, match="a was done with other command; remove"):
         run_jobs([writing(tmp_path, "a", more="pass")], tmp_path / "jobs", 1)
     (tmp_path / "a").unlink()
     with pytest.raises(JobError, match="made by a and gone since"):
@@ -80,3 +93,41 @@ def test_progress_reads_whole_lines_only(tmp_path):
     assert job.steps_done() == 4
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 6, "x": "y" * 9000}) + "\n")
     assert job.steps_done() == 0
+
+
+def test_a_changed_input_or_need_is_noticed(tmp_path):
+    settings = tmp_path / "settings"
+    settings.write_text("1")
+    first = Job("a", python(append(tmp_path / "a", "a")), tmp_path / "a", inputs=(settings,))
+    second = writing(tmp_path, "b", "a")
+    run_jobs([first, second], tmp_path / "jobs", 1)
+    settings.write_text("2")
+    with pytest.raises(JobError, match="a was done with other inputs"):
+        run_jobs([first, second], tmp_path / "jobs", 1)
+    (tmp_path / "jobs/a.done.json").unlink()  # made again, and what needs it is not passed off as made from it
+    with pytest.raises(JobError, match="b was done with other needs"):
+        run_jobs([first], tmp_path / "jobs", 1)
+        run_jobs([first, second], tmp_path / "jobs", 1)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+def test_jobs_end_with_the_process_that_started_them(tmp_path, kind):
+    job = f"import time; open({str(tmp_path / 'begun')!r}, 'w').close(); time.sleep(60)"
+    code = f"""
+from pathlib import Path
+from megat2i.experiments.jobs import Job, run_jobs
+run_jobs([Job("long", {python(job)!r}, Path({str(tmp_path / "out")!r}))], Path({str(tmp_path / "jobs")!r}), 1)
+"""
+    parent = subprocess.Popen(python(code), stderr=subprocess.DEVNULL)
+    wait_until((tmp_path / "begun").exists)
+    (child,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    parent.send_signal(kind)
+    parent.wait()
+    wait_until(lambda: not Path(f"/proc/{child}").exists())
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
