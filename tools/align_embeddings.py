@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import safetensors.torch
+import torch
 
 from megat2i import run_folder
 from megat2i.checkpoint import CheckpointError
@@ -48,13 +49,18 @@ def align(settings: Config, resume: bool) -> None:
         resumed = resume and (folder / run_folder.CONFIG).exists()
         pretrain(own, resumed, (providers.make_model, providers.make_data, providers.make_loss))
         if backend.rank == 0:
-            rows = {TABLE: providers.model.tok_embeddings.weight.detach().cpu()}
-            write_file(folder / EMBEDDINGS, safetensors.torch.save(rows))
+            rows = as_long_as(initial_rows(own), providers.model.tok_embeddings.weight.detach().cpu())
+            write_file(folder / EMBEDDINGS, safetensors.torch.save({TABLE: rows}))
             print(f"{folder / EMBEDDINGS} is written")
         if backend.world_size > 1 and name == "aligned":
             return
     if backend.rank == 0:
         write_report(settings, folders)
+
+
+def as_long_as(initial: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``rows`` [codes, D] at the lengths they began with: the loss sees directions alone, a model sees lengths too."""
+    return torch.nn.functional.normalize(rows, dim=1) * initial.norm(dim=1, keepdim=True)
 
 
 def write_report(settings: Config, folders: dict[str, Path]) -> None:

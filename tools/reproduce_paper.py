@@ -9,11 +9,13 @@ What was stopped goes on with the same command; ``--only`` runs what a figure or
 """
 
 import argparse
+import dataclasses
+import json
 import os
 import platform
 import shlex
+import signal
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,13 +26,15 @@ from megat2i.checkpoint import CheckpointError
 from megat2i.config import ConfigError
 from megat2i.data.manifest import Manifest
 from megat2i.experiments import cluster
-from megat2i.experiments.arms import EXPERIMENTS, PAPER, SCALES, arms_of
+from megat2i.experiments.arms import EXPERIMENTS, PAPER, SCALES, Arm, arms_of
+from megat2i.experiments.claims import Claim
 from megat2i.experiments.figures import MAKERS
-from megat2i.experiments.jobs import Job, JobError, run_jobs
+from megat2i.experiments.jobs import Job, JobError, run_jobs, seconds_of
 from megat2i.experiments.miniature import Miniature
 from megat2i.experiments.record import MissingRun, Record
 from megat2i.experiments.report import Table, write_report
 from megat2i.files import DataFileError
+from megat2i.model.cost import model_parameters
 from megat2i.runtime import fast_bfloat16
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,8 +49,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of the data (default: data/paper-SCALE; paper: data/t2i)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="jobs at a time")
     parser.add_argument("--pretrained", default="pretrained/open_lm_1b", help="paper: the language model's folder")
+    parser.add_argument("--config", help="nano: another model's configuration (default: configs/paper/nano.yaml)")
+    parser.add_argument("--report", action="store_true", help="only figures and report, of runs that are finished")
     parser.add_argument("--submit", action="store_true", help="paper: hand the jobs to SLURM's sbatch")
     arguments = parser.parse_args()
+    if arguments.submit and (arguments.dry_run or arguments.report):
+        parser.error("--submit goes without --dry-run and --report")
+    if arguments.config and arguments.scale == PAPER.name:
+        parser.error("--config goes with --scale nano or smoke")
     if arguments.submit and arguments.scale != PAPER.name:
         parser.error("--submit goes with --scale paper")
     if arguments.workers < 1:
@@ -57,18 +67,28 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run, or print, what the command line asks for."""
     arguments = parse_arguments()
-    os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated; the same command goes on from there"))
     scale = SCALES[arguments.scale]
+    # where the user is; what is not given lies in the repository
+    folder = arguments.output.resolve() if arguments.output else Path(f"runs/paper-{scale.name}")
+    data = arguments.data.resolve() if arguments.data else None
+    if arguments.config:
+        scale = dataclasses.replace(scale, config=str(Path(arguments.config).resolve()))
+    os.chdir(ROOT)
     experiments = arguments.only or list(EXPERIMENTS)
     arms = arms_of(scale, experiments)
-    folder = arguments.output or Path(f"runs/paper-{scale.name}")
     if scale is PAPER:
-        print(cluster.write_jobs(arms, folder, arguments.data or Path("data/t2i"), arguments.pretrained), end="")
+        data = data or Path("data/t2i")
+        if not arguments.report:
+            print(cluster.write_jobs(arms, folder, data, arguments.pretrained, arguments.dry_run), end="")
         if arguments.submit:
             cluster.submit(arms, folder)
+        if arguments.report:
+            numbers = draw(scale, folder, experiments)
+            show(write_report(folder, scale.name, numbers, [], Table(("run",), []), commits(arms, folder), []), folder)
         return
     dtype = "bfloat16" if fast_bfloat16() else "float32"
-    miniature = Miniature(scale, folder, arguments.data or Path(f"data/paper-{scale.name}"), dtype)
+    miniature = Miniature(scale, folder, data or Path(f"data/paper-{scale.name}"), dtype)
     jobs = miniature.jobs(arms, experiments)
     settings = {job.name: check(job) for job in jobs if job.steps}
     commands = [*miniature.picture_commands().values(), *(job.command for job in jobs)]
@@ -77,14 +97,27 @@ def main() -> None:
             print(shlex.join(command))
         print(budget(jobs, settings, folder).markdown())
         return
-    began = time.monotonic()
-    miniature.prepare()
-    run_jobs(jobs, folder / "jobs", arguments.workers)
-    numbers = {name: make(folder, scale) for name, make in MAKERS.items() if name in experiments}
-    found = write_report(folder, scale.name, numbers, commands, budget(jobs, settings, folder), facts(miniature, dtype))
+    if not arguments.report:
+        miniature.prepare()
+        run_jobs(jobs, folder / "jobs", arguments.workers)
+    numbers = draw(scale, folder, experiments)
+    rows = [*facts(miniature, dtype), *commits(arms, folder)]
+    found = write_report(
+        folder, scale.name, numbers, commands, budget(jobs, settings, folder), rows, differences(miniature, settings)
+    )
+    show(found, folder)
+
+
+def draw(scale, folder: Path, experiments: list[str]) -> dict[str, dict]:
+    """The numbers of the figures that are asked for and of those that were drawn before, all drawn now."""
+    wanted = [name for name in MAKERS if name in experiments or (folder / f"{name}.json").exists()]
+    return {name: MAKERS[name](folder, scale) for name in wanted}
+
+
+def show(found: list[Claim], folder: Path) -> None:
     for claim in found:
         print(f"{claim.experiment:7} {claim.verdict:13} {claim.statement} [{claim.evidence}]")
-    print(f"{folder}/report.html and report.md, after {(time.monotonic() - began) / 60:.1f} minutes")
+    print(f"{folder}/report.html and report.md")
 
 
 def check(job: Job) -> config.Config:
@@ -98,21 +131,24 @@ def check(job: Job) -> config.Config:
 
 def budget(jobs: list[Job], settings: dict[str, config.Config], folder: Path) -> Table:
     """Positions of every run, and the speed of those that there are records of."""
-    rows, total = [], 0
+    rows, total, time = [], 0, 0.0
     for job in jobs:
+        seconds = seconds_of(job, folder / "jobs")
+        time += seconds or 0.0
+        shown = "" if seconds is None else f"{seconds / 60:.1f}"
         if job.name not in settings:
+            rows.append((job.name, "", "", "", shown))
             continue
         one = settings[job.name]
         positions = job.steps * one.training.global_batch_size * one.data.sequence_length
         total += positions
-        speed, hours = "", ""
+        speed = ""
         if (job.output / "metrics.jsonl").exists():
             lines = Record.read(job.output).training
             speed = f"{sum(line['tokens_per_s'] for line in lines) / len(lines):,.0f}"
-            hours = f"{sum(line['step_s'] for line in lines) / 60:.1f}"
-        rows.append((job.name, f"{job.steps:,}", f"{positions:,}", speed, hours))
-    rows.append(("all", "", f"{total:,}", "", ""))
-    return Table(("run", "steps", "positions", "tokens/s measured", "minutes of steps"), rows)
+        rows.append((job.name, f"{job.steps:,}", f"{positions:,}", speed, shown))
+    rows.append(("all", "", f"{total:,}", "", f"{time / 60:.1f}"))
+    return Table(("job", "steps", "positions", "tokens/s measured", "minutes of its last launch"), rows)
 
 
 def facts(miniature: Miniature, dtype: str) -> list[tuple[str, str]]:
@@ -129,8 +165,47 @@ def facts(miniature: Miniature, dtype: str) -> list[tuple[str, str]]:
     return rows
 
 
+def commits(arms: list[Arm], folder: Path) -> list[tuple[str, str]]:
+    """Which source each run was made with: all should be the same."""
+    found: dict[str, list[str]] = {}
+    for arm in arms:
+        path = folder / "runs" / arm.name / "environment.json"
+        if path.exists():
+            found.setdefault(str(json.loads(path.read_text())["git_commit"]), []).append(arm.name)
+    return [(f"source {commit}", ", ".join(names)) for commit, names in found.items()]
+
+
+def differences(miniature: Miniature, settings: dict[str, config.Config]) -> list[tuple[str, str, str]]:
+    """What a reader must know before comparing with the paper."""
+    train, valid = (Manifest.read(miniature.data / name) for name in ("train", "valid"))
+    one = next((s for s in settings.values() if s.data.mode == "text_to_image"), None)
+    rows = [
+        ("pictures", "134 million pairs of HQITP", f"{train.documents:,} OpenMoji drawings with their names"),
+        (
+            "held out",
+            "other pictures",
+            f"{valid.documents:,} drawings: known subjects in a skin tone not seen with them",
+        ),
+        ("image tokens for a text token", "about 30", f"{train.tokens.image / train.tokens.text:.1f}"),
+        (
+            "language models",
+            "open_lm-1b",
+            "one of WordNet's entries: the seeds share it, intervals hold no variance of it",
+        ),
+        ("held-out text", "-", "WordNet entries; related entries, which name some of their words, are in training"),
+        ("prompts of Figure 5", "MS-COCO, zero-shot", "captions of training pictures, against these pictures"),
+    ]
+    if one:
+        epochs = one.training.steps * one.training.global_batch_size / train.documents
+        rows.insert(1, ("passes over the pictures", "0.65", f"{epochs:.1f}"))
+        rows.insert(2, ("parameters", "1.5 billion", f"{model_parameters(one.model, one.vocab_layout.size):,}"))
+    return rows
+
+
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; the same command goes on from there")
     except (ConfigError, DataFileError, CheckpointError, JobError, MissingRun, OSError) as error:
         sys.exit(f"error: {error}")

@@ -35,11 +35,15 @@ RELATIONS = (  # pointer, what it says, how many others are named at most
 
 @dataclass(frozen=True)
 class Entry:
-    """A meaning: its synonyms, their definition with examples, and (pointer, first word of the other entry)."""
+    """A meaning: its synonyms, their definition with examples, and (pointer, first word of the other entry).
+
+    ``kind``: n, v, a or r, for noun, verb, adjective, adverb.
+    """
 
     words: tuple[str, ...]
     gloss: str
     relations: tuple[tuple[str, str], ...]
+    kind: str = "n"
 
     def text(self) -> str:
         word = self.words[0]
@@ -80,8 +84,8 @@ def entries(archive: Path) -> list[Entry]:
                     key, entry = _parse(line)
                     found[key] = entry
     return [
-        Entry(words, gloss, tuple((pointer, found[other][0][0]) for pointer, other in pointers if other in found))
-        for words, gloss, pointers in found.values()
+        Entry(words, gloss, tuple((kind, found[other][0][0]) for kind, other in pointers if other in found), key[0])
+        for key, (words, gloss, pointers) in found.items()
     ]
 
 

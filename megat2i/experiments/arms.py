@@ -6,7 +6,7 @@ those of the run folders; ``EXPERIMENTS`` says which runs a figure or table is m
 
 from dataclasses import dataclass, field
 
-LANGUAGE_MODEL = "language-model"
+LANGUAGE_MODEL = "language-model"  # its run; the weights that others begin with are the job "pretrained"
 ALIGNMENT = "alignment"
 POLICIES = (
     "embeddings",
@@ -19,7 +19,7 @@ PRETRAINED = "model.pretrained={pretrained}"
 
 @dataclass(frozen=True)
 class Arm:
-    """One training run: ``settings`` are overrides, in which {pretrained} and {aligned} stand for files made before it.
+    """One training run: ``settings`` are overrides, in which {pretrained} and {alignment-SEED} are made before it.
 
     ``share``: its length as a share of the scale's text-to-image run.
     """
@@ -105,29 +105,33 @@ def twins(scale: Scale) -> list[Arm]:
 
 
 def image_only(scale: Scale) -> list[Arm]:
-    """Section 3.1: unconditional image generation, wholly tuned from either start and selectively tuned."""
+    """Section 3.1: unconditional image generation, wholly tuned from either start, and selectively."""
     common = ("data.mode=image_only", "data.valid_text=null")
-    arms = [Arm("image-random", common, scale.image_share)]
-    for policy in ("all", *POLICIES):
-        name = "image-pretrained" if policy == "all" else f"image-{policy.replace('_', '-')}"
-        settings = (*common, PRETRAINED, f"training.trainable={policy}")
-        arms.append(Arm(name, settings, scale.image_share, needs=(LANGUAGE_MODEL,)))
+    arms = [
+        Arm(f"image-{arm.name}", (*common, *arm.settings), scale.image_share, needs=arm.needs) for arm in twins(scale)
+    ]
+    for policy in POLICIES:
+        settings = (*arms[0].settings, f"training.trainable={policy}")  # of the first seed alone
+        arms.append(Arm(selective_name(policy), settings, scale.image_share, needs=(LANGUAGE_MODEL,)))
     return arms
 
 
+def selective_name(policy: str) -> str:
+    return f"image-{policy.replace('_', '-')}"
+
+
 def aligned(scale: Scale) -> list[Arm]:
-    """Section 3.2: contrastive alignment of image embeddings, and training that begins with them."""
-    expansion = (PRETRAINED, "model.expansion=file", "model.expansion_file={aligned}", f"data.seed={scale.seeds[0]}")
-    return [
-        Arm(
-            ALIGNMENT,
-            # the lengths of the rows take no part in that loss, hence no weight decay
-            (PRETRAINED, "runtime.dtype=float32", "optimizer.engine=torch", "optimizer.weight_decay=0.0"),
-            tool="tools/align_embeddings.py",
-            needs=(LANGUAGE_MODEL,),
-        ),
-        Arm(f"aligned-{scale.seeds[0]}", expansion, needs=(LANGUAGE_MODEL, ALIGNMENT)),
-    ]
+    """Section 3.2: contrastive alignment of image embeddings, and training that begins with them; for every seed."""
+    arms = []
+    for seed in scale.seeds:
+        seeds = (f"data.seed={seed}", f"model.seed={seed}", PRETRAINED)
+        # the lengths of the rows take no part in that loss, hence no weight decay
+        alone = ("runtime.dtype=float32", "optimizer.engine=torch", "optimizer.weight_decay=0.0")
+        expansion = ("model.expansion=file", f"model.expansion_file={{{ALIGNMENT}-{seed}}}")
+        tool, needs = "tools/align_embeddings.py", (LANGUAGE_MODEL,)
+        arms.append(Arm(f"{ALIGNMENT}-{seed}", (*seeds, *alone), tool=tool, needs=needs))
+        arms.append(Arm(f"aligned-{seed}", (*seeds, *expansion), needs=(LANGUAGE_MODEL, f"{ALIGNMENT}-{seed}")))
+    return arms
 
 
 def sweep(scale: Scale) -> list[Arm]:
@@ -150,9 +154,19 @@ EXPERIMENTS = {  # what is made -> the runs it is made from
     "table1": twins,
     "fig5": twins,
     "fig6": image_only,
-    "fig7": lambda scale: twins(scale)[:2] + aligned(scale),
+    "fig7": lambda scale: twins(scale) + aligned(scale),
     "sweep": sweep,
 }
+
+
+def is_alignment(arm: Arm) -> bool:
+    return arm.name.startswith(ALIGNMENT)
+
+
+def length(arm: Arm, steps: int, warmup_steps: int) -> dict[str, str]:
+    """Steps and warm-up of a run whose share is taken of ``steps`` and ``warmup_steps``."""
+    shared = {"training.steps": steps, "training.warmup_steps": warmup_steps}
+    return {key: str(max(1, round(value * arm.share))) for key, value in shared.items()}
 
 
 def arms_of(scale: Scale, experiments: list[str]) -> list[Arm]:

@@ -13,14 +13,25 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from megat2i.experiments.arms import ALIGNMENT, LANGUAGE_MODEL, Arm, Scale, image_only, sweep, twins
-from megat2i.experiments.record import MissingRun, Record, paired, thinned
+from megat2i.experiments.arms import (
+    ALIGNMENT,
+    LANGUAGE_MODEL,
+    POLICIES,
+    Arm,
+    Scale,
+    image_only,
+    selective_name,
+    sweep,
+    twins,
+)  # fmt: skip
+from megat2i.experiments.record import EMA, MissingRun, Record, paired, thinned
 from megat2i.files import write_file
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 (after the choice of a backend without a display)
 
 COLOURS = {"pretrained": "tab:blue", "random": "tab:orange", "aligned": "tab:green"}
+SMOOTHED = f"EMA {EMA}"
 CONDITIONED, SHOWN = 3, 8  # rows and prompts of the picture grid
 plt.rcParams.update({"svg.hashsalt": "megat2i", "figure.dpi": 110, "font.size": 9})
 plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3})
@@ -31,7 +42,7 @@ def fig3(folder: Path, scale: Scale) -> dict:
     runs = _twins(folder, scale)
     figure, axis = plt.subplots(figsize=(6, 4))
     _draw_twins(axis, runs, "loss", exponential=True)
-    axis.set(xlabel="tokens", ylabel="perplexity of all tokens", yscale="log")
+    axis.set(xlabel="tokens", ylabel=f"perplexity of all tokens ({SMOOTHED})", yscale="log")
     numbers = {"curves": _curves(runs, ["loss"]), "held_out_loss": _compare(runs, "loss")}
     return _save(folder, "fig3", figure, numbers)
 
@@ -42,7 +53,7 @@ def fig4(folder: Path, scale: Scale) -> dict:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     for axis, modality in zip(axes, ("text", "image"), strict=True):
         _draw_twins(axis, runs, f"loss/{modality}")
-        axis.set(xlabel="tokens", ylabel=f"{modality} loss (nats)")
+        axis.set(xlabel="tokens", ylabel=f"{modality} loss (nats, {SMOOTHED})")
         perplexity = axis.secondary_yaxis("right", functions=(np.exp, lambda p: np.log(np.maximum(p, 1e-9))))
         perplexity.set_ylabel("perplexity")
     keys = ["loss/text", "loss/image"]
@@ -55,19 +66,17 @@ def fig4(folder: Path, scale: Scale) -> dict:
 
 
 def table1(folder: Path, scale: Scale) -> dict:
-    """Completions before and after, the few-shot probe, and held-out text perplexity through training."""
-    numbers = _json(folder / "table1.probe.json")
-    runs = _twins(folder, scale)
-    before = Record.read(folder / "runs" / LANGUAGE_MODEL).last("ppl/text")
+    """Completions before and after, the few-shot probe, and held-out text perplexity: last, and through training."""
+    numbers, runs = _json(folder / "table1.probe.json"), _twins(folder, scale)
     figure, axis = plt.subplots(figsize=(6, 4))
-    numbers["held_out_text_perplexity"] = {"language model": before}
+    numbers["held_out_text_perplexity"] = {}
     for start, records in runs.items():
-        points = [(0, before)] if start == "pretrained" else []
-        points += records[0].validation("ppl/text", "valid_text")
+        points = records[0].validation("ppl/text", "valid_text")
         axis.plot(*zip(*points, strict=True), "o-", markersize=3, color=COLOURS[start], label=start)
         numbers["held_out_text_perplexity"][start] = points
+    before = Record.read(folder / "runs" / LANGUAGE_MODEL).last("ppl/text")
     axis.axhline(before, color="grey", linestyle=":", label="the language model itself")
-    axis.set(xlabel="step of text-to-image training", ylabel="perplexity of held-out text", yscale="log")
+    axis.set(xlabel="step of text-to-image training", ylabel="perplexity of held-out text (all ids)", yscale="log")
     axis.legend()
     return _save(folder, "table1", figure, numbers)
 
@@ -104,38 +113,48 @@ def fig6(folder: Path, scale: Scale) -> dict:
     numbers: dict = {"curves": {}, "held_out_image_loss": {}, "trained_parameters": {}}
     for arm in image_only(scale):
         record = _record(folder, arm)
-        axis.plot(record.tokens(), record.curve("loss/image"), label=arm.name.removeprefix("image-"))
+        whole = arm.name.rpartition("-")[2].isdigit()
+        if not whole or arm.name.endswith(f"-{scale.seeds[0]}"):
+            name, style = arm.name.removeprefix("image-"), "-" if whole else "--"
+            axis.plot(record.tokens(), record.curve("loss/image"), style, label=name)
         numbers["curves"][arm.name] = _points(record, "loss/image")
         numbers["held_out_image_loss"][arm.name] = record.last("loss/image")
         environment = _json(folder / "runs" / arm.name / "environment.json")
         numbers["trained_parameters"][arm.name] = environment["parameters_trained"]
-    axis.set(xlabel="tokens", ylabel="image loss (nats)")
+    losses = numbers["held_out_image_loss"]
+    starts = {start: [losses[f"image-{start}-{seed}"] for seed in scale.seeds] for start in ("pretrained", "random")}
+    numbers["whole"] = paired(starts["pretrained"], starts["random"])
+    numbers["selective"] = {selective_name(policy): losses[selective_name(policy)] for policy in POLICIES}
+    axis.set(xlabel="tokens", ylabel=f"image loss (nats, {SMOOTHED})")
     axis.legend(fontsize=7)
     return _save(folder, "fig6", figure, numbers)
 
 
 def fig7(folder: Path, scale: Scale) -> dict:
     """Contrastive alignment: its loss and temperature, nearest text tokens, and training that begins with it."""
-    alignment, seed = Record.read(folder / "runs" / ALIGNMENT), scale.seeds[0]
-    found = _json(folder / "runs" / ALIGNMENT / "nearest_tokens.json")
+    folders = [folder / "runs" / f"{ALIGNMENT}-{seed}" for seed in scale.seeds]
+    alignment, found = Record.read(folders[0]), [_json(one / "nearest_tokens.json") for one in folders]
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
     for axis, key in zip(axes, ("loss", "temperature"), strict=False):
         axis.plot([line["step"] for line in alignment.training], [line[key] for line in alignment.training])
         axis.set(xlabel="step", ylabel=f"contrastive {key}")
-    starts = {start: Record.read(folder / "runs" / f"{start}-{seed}") for start in COLOURS}
-    for start, record in starts.items():
+    starts = {start: [Record.read(folder / "runs" / f"{start}-{seed}") for seed in scale.seeds] for start in COLOURS}
+    for start, (record, *_) in starts.items():
         axes[2].plot(record.tokens(), record.curve("loss/image"), color=COLOURS[start], label=start)
-    axes[2].set(xlabel="tokens", ylabel="image loss (nats)")
+    axes[2].set(xlabel="tokens", ylabel=f"image loss (nats, {SMOOTHED})")
     axes[2].legend()
+    last = {start: [record.last("loss/image") for record in records] for start, records in starts.items()}
     numbers = {
         "loss": [line["loss"] for line in alignment.training],
         "temperature": [line["temperature"] for line in alignment.training],
-        "nearest_tokens": found["nearest_tokens"]["aligned"],
-        "control": found["nearest_tokens"]["shuffled"],
-        "word_like": found["word_like"],
-        "retrieval": found["retrieval"],
-        "held_out_image_loss": {start: record.last("loss/image") for start, record in starts.items()},
-        "curves": {start: _points(record, "loss/image") for start, record in starts.items()},
+        "nearest_tokens": found[0]["nearest_tokens"]["aligned"],
+        "control": found[0]["nearest_tokens"]["shuffled"],
+        "word_like": [one["word_like"] for one in found],
+        "retrieval": [one["retrieval"] for one in found],
+        "held_out_image_loss": last,
+        "against_pretrained": paired(last["aligned"], last["pretrained"]),
+        "against_random": paired(last["aligned"], last["random"]),
+        "curves": {start: _points(records[0], "loss/image") for start, records in starts.items()},
     }
     return _save(folder, "fig7", figure, numbers)
 
@@ -154,7 +173,7 @@ def sweep_table(folder: Path, scale: Scale) -> dict:
         axis.plot(*zip(*points, strict=True), "o-", label=f"batch of {batch} sequences")
     axis.set(xlabel="peak learning rate", ylabel="held-out loss (nats)", xscale="log")
     axis.legend()
-    return _save(folder, "sweep", figure, {"rows": rows})
+    return _save(folder, "sweep", figure, {"rows": rows, "usual_batch": scale.batch})
 
 
 MAKERS: dict[str, Callable[[Path, Scale], dict]] = {

@@ -101,9 +101,10 @@ def run_jobs(jobs: Sequence[Job], folder: Path, workers: int) -> None:
             process.wait()
 
 
-def seconds_of(job: Job, folder: Path) -> float:
-    """How long the launch that finished ``job`` took."""
-    return json.loads(_mark(job, folder).read_text())["seconds"]
+def seconds_of(job: Job, folder: Path) -> float | None:
+    """How long the launch that finished ``job`` took; None where it is not finished."""
+    mark = _mark(job, folder)
+    return json.loads(mark.read_text())["seconds"] if mark.exists() else None
 
 
 def _start(job: Job, folder: Path, environment: dict) -> subprocess.Popen:

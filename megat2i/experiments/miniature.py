@@ -15,7 +15,7 @@ from megat2i.data import wordnet
 from megat2i.data.manifest import Manifest, Source
 from megat2i.data.openmoji import captioned_images, render
 from megat2i.data.text_store import write_text_store
-from megat2i.experiments.arms import ALIGNMENT, LANGUAGE_MODEL, Arm, Scale, twins
+from megat2i.experiments.arms import LANGUAGE_MODEL, Arm, Scale, is_alignment, length, twins
 from megat2i.experiments.jobs import Job, JobError
 from megat2i.files import write_file
 from megat2i.pictures import save_png
@@ -27,6 +27,7 @@ MICRO_BATCH = 32  # sequences, at most
 SMOKE_ENTRIES = 2000  # of WordNet
 DRAWN = {"nano": 2048, "smoke": 16}  # pictures of each twin; fewer make the distance biased
 TEMPERATURE = 1.0  # the distribution itself, which the distance compares
+QUESTIONS = {"nano": 1000, "smoke": 50}  # of the few-shot probe
 ALIGNED_PAIRS = {"nano": 1024, "smoke": 8}  # the paper's N
 ALIGNED_STEPS = {"nano": 400, "smoke": 10}
 
@@ -91,13 +92,14 @@ class Miniature:
         if "fig5" in experiments:
             jobs += [job for arm in twins(self.scale) for job in self._pictures(arm)]
         if "table1" in experiments:
-            names = [LANGUAGE_MODEL, *(arm.name for arm in twins(self.scale)[:2])]
+            names = [LANGUAGE_MODEL, *(arm.name for arm in twins(self.scale))]
             output = self.folder / "table1.probe.json"
             command = self._tool(
                 "probe_text.py", "--runs", *(self._run(name) for name in names), "--tokenizer", self.tokenizer,
-                "--prompts", PROMPTS, "--wordnet", self.data / "wordnet", "--output", output,
+                "--prompts", PROMPTS, "--wordnet", self.data / "wordnet", "--text", self.data / "text_valid",
+                "--questions", QUESTIONS[self.scale.name], "--output", output,
             )  # fmt: skip
-            jobs.append(Job("probe", command, output, needs=tuple(names)))
+            jobs.append(Job("probe", command, output, needs=tuple(names), inputs=(PROMPTS,)))
         return jobs
 
     def picture_commands(self) -> dict[str, tuple[str, ...]]:
@@ -116,34 +118,38 @@ class Miniature:
         return {"train": train, "valid": valid}
 
     def _training(self, arm: Arm) -> Job:
-        files = {"{pretrained}": self.pretrained, "{aligned}": self._run(ALIGNMENT) / "image_embeddings.safetensors"}
-        steps = round(self.scale.steps * arm.share)
+        files = {"{pretrained}": self.pretrained}
+        files |= {f"{{{need}}}": self._run(need) / "image_embeddings.safetensors" for need in arm.needs}
         settings = dict(one.split("=", 1) for one in (*self.settings(), *arm.settings))
+        settings |= length(arm, self.scale.steps, self._setting("training.warmup_steps"))
         if arm.name == LANGUAGE_MODEL:
+            settings |= dict(one.split("=", 1) for one in arm.settings)
             settings |= {
-                "data.train": f"[{{prefix: {self.data / 'text_train'}}}]",
+                "data.train": train_list(self.data / "text_train"),
                 "data.valid": str(self.data / "text_valid"),
                 "data.valid_text": "null",
             }
-            steps = int(settings.pop("training.steps"))
-        elif arm.name == ALIGNMENT:
-            pairs, steps = ALIGNED_PAIRS[self.scale.name], ALIGNED_STEPS[self.scale.name]
-            settings |= {"training.global_batch_size": str(pairs), "data.valid_text": "null"}
-        batch = int(settings.get("training.global_batch_size", self.scale.batch))
-        micro = batch if arm.name == ALIGNMENT else min(batch, MICRO_BATCH)
-        settings |= {"training.micro_batch_size": str(micro), "training.steps": str(steps)}
+        elif is_alignment(arm):
+            pairs = str(ALIGNED_PAIRS[self.scale.name])
+            settings |= {"training.global_batch_size": pairs, "training.micro_batch_size": pairs}
+            settings |= {"training.steps": str(ALIGNED_STEPS[self.scale.name]), "data.valid_text": "null"}
+        else:
+            batch = int(settings.get("training.global_batch_size", self.scale.batch))
+            settings["training.micro_batch_size"] = str(min(batch, MICRO_BATCH))
         overrides = [f"{key}={files.get(value, value)}" for key, value in settings.items()]
         command = (
             sys.executable, arm.tool, "--config", self.scale.config, f"run.dir={self._run(arm.name)}", *overrides
         )  # fmt: skip
         needs = tuple("pretrained" if need == LANGUAGE_MODEL else need for need in arm.needs)
-        return Job(arm.name, command, self._run(arm.name), needs, steps)
+        stores = ("text_train", "text_valid") if arm.name == LANGUAGE_MODEL else ("train", "valid", "text_valid")
+        inputs = (Path(self.scale.config), *(self.data / f"{store}.json" for store in stores))
+        return Job(arm.name, command, self._run(arm.name), needs, int(settings["training.steps"]), inputs)
 
     def settings(self) -> tuple[str, ...]:
         """What all runs of this reproduction share beyond the scale's configuration."""
         return (
             *self.scale.settings,
-            f"data.train=[{{prefix: {self.data / 'train'}}}]",
+            f"data.train={train_list(self.data / 'train')}",
             f"data.valid={self.data / 'valid'}",
             f"data.valid_text={self.data / 'text_valid'}",
             f"runtime.dtype={self.dtype}",
@@ -160,7 +166,10 @@ class Miniature:
             "--protocol", "nano", "--output", distance,
         )  # fmt: skip
         drawn = f"samples-{arm.name}"
-        return [Job(drawn, draw, samples, (arm.name,)), Job(f"fid-{arm.name}", measure, distance, (drawn,))]
+        return [
+            Job(drawn, draw, samples, (arm.name,), inputs=(self.folder / "prompts.txt",), goes_on=True),
+            Job(f"fid-{arm.name}", measure, distance, (drawn,)),
+        ]
 
     def _run(self, name: str) -> Path:
         return self.folder / "runs" / name
@@ -171,3 +180,8 @@ class Miniature:
     def _setting(self, key: str) -> int:
         section, field = key.split(".")
         return getattr(getattr(config.load(self.scale.config, list(self.scale.settings)), section), field)
+
+
+def train_list(prefix: Path) -> str:
+    """``data.train`` of one dataset, as YAML that any path can stand in."""
+    return f"[{{prefix: {json.dumps(str(prefix))}}}]"

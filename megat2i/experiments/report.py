@@ -35,6 +35,7 @@ PAPER = {  # what the paper reports, in our words
 }
 WORDS = ("aligned", "shuffled", "random")
 CODES, NEAREST = 16, 3  # listed, and tokens of each
+SHOWN_MODELS = 3  # of table 1: before, and after from both starts
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "img{max-width:100%;height:auto}table{border-collapse:collapse;display:block;overflow-x:auto}"
@@ -121,14 +122,19 @@ def write_report(
     commands: Sequence[Sequence[str]],
     budget: Table,
     facts: Sequence[Sequence[str]],
+    differences: Sequence[Sequence[str]],
 ) -> list[Claim]:
-    """Write both files and return the judged claims. ``facts``: (what, value) of data, machine and versions."""
+    """Write both files and return the judged claims. ``facts``: (what, value) of data, machine, versions.
+
+    ``differences``: (what, the paper's, here).
+    """
     found = claims(numbers)
     blocks: list[Block] = [
         Heading("Pre-trained language models and text-to-image generation: the paper's experiments", 1),
         Paragraph(
-            f"Every figure and table of Zhang et al. (EMNLP 2024), run at the scale '{scale}'. Curves are drawn from "
-            "the runs' metrics.jsonl; the numbers behind each figure lie beside it as JSON."
+            f"Figures and tables of Zhang et al. (EMNLP 2024), run at the scale '{scale}'. Curves are drawn from the "
+            f"runs' metrics.jsonl; the numbers behind each figure lie beside it as JSON. Not run: "
+            f"{', '.join(TITLES[name] for name in TITLES if name not in numbers) or 'nothing'}."
         ),
         Heading("Which claims hold at this scale"),
         Table(
@@ -136,6 +142,7 @@ def write_report(
             [(c.experiment, c.statement, c.verdict, c.evidence, c.rule) for c in found],
         ),
     ]
+    blocks += [Heading("How this differs from the paper"), Table(("what", "the paper", "here"), differences)]
     for name, values in numbers.items():
         blocks += [Heading(TITLES[name]), Paragraph(f"The paper: {PAPER[name]}", quoted=True)]
         blocks += [
@@ -147,7 +154,9 @@ def write_report(
     write_file(folder / "report.md", ("\n\n".join(block.markdown() for block in blocks) + "\n").encode())
     page = "".join(block.html() + "\n" for block in blocks)
     head = '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-    head += f'<meta name="viewport" content="width=device-width"><title>{TITLES["fig3"]}</title><style>{STYLE}</style>'
+    head += (
+        f'<meta name="viewport" content="width=device-width"><title>The paper, reproduced</title><style>{STYLE}</style>'
+    )
     write_file(folder / "report.html", f"{head}</head>\n<body>\n{page}</body></html>\n".encode())
     return found
 
@@ -155,14 +164,15 @@ def write_report(
 def _completions(values: dict) -> list[Block]:
     models = values["models"]
     rows = [
-        (prompt, *(model["completions"][number] for model in models)) for number, prompt in enumerate(values["prompts"])
+        (prompt, *(model["completions"][number] for model in models[:SHOWN_MODELS]))
+        for number, prompt in enumerate(values["prompts"])
     ]
-    names = [f"{model['run']}, step {model['step']}" for model in models]
-    rates = [(name, f"{model['accuracy']:.1%}") for name, model in zip(names, models, strict=True)]
+    names = [f"{model['run']}, step {model['step']}" for model in models[:SHOWN_MODELS]]
+    rates = [(model["run"], f"{model['perplexity']:.1f}", f"{model['accuracy']:.1%}") for model in models]
+    probe = f"few-shot probe ({values['shots']} examples, {values['questions']} questions, four answers)"
     return [
-        Table(("prompt", *names), rows),
-        Paragraph(f"Few-shot probe ({values['shots']} examples, {values['questions']} questions, four answers):"),
-        Table(("model", "right"), rates),
+        Table(("prompt", "before: " + names[0], *(f"after: {name}" for name in names[1:])), rows),
+        Table(("model", "perplexity of held-out text, over text ids alone", probe), rates),
     ]
 
 
@@ -197,7 +207,7 @@ def _sweep(values: dict) -> list[Block]:
 
 def _nearest(values: dict) -> list[Block]:
     """The most used codes with their nearest text tokens, beside the control's; word-like shares; retrieval."""
-    words, found = values["word_like"], values["retrieval"]
+    words, found = values["word_like"][0], values["retrieval"][0]
 
     def tokens(entry: dict) -> str:
         return ", ".join(f"{token['text']!r} {token['cosine']:.2f}" for token in entry["tokens"][:NEAREST])
@@ -212,7 +222,10 @@ def _nearest(values: dict) -> list[Block]:
     return [
         Table(("code", "uses", "nearest text tokens", "with shuffled captions"), nearest),
         Table(("embeddings", "nearest token is word-like", "distinct nearest tokens"), shares),
-        Paragraph(f"Word-like: {words['definition']}. Of the vocabulary: {words['vocabulary']['share']:.1%}. "),
+        Paragraph(
+            f"Of the first seed. Word-like: {words['definition']}; of the vocabulary "
+            f"{words['vocabulary']['share']:.1%}. {words['note'].capitalize()}."
+        ),
         Table(("embeddings", "held-out pictures that found their caption", "chance"), pictures),
     ]
 

@@ -3,7 +3,9 @@
 Works on any run with text ids, before and after it was trained on images; probability is given to text ids alone.
 """
 
+import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from megat2i import checkpoint, config
 from megat2i.config import ConfigError
+from megat2i.data.indexed import IndexedDataset
 from megat2i.data.wordnet import KIND, Entry
 from megat2i.kernels import choose_ops
 from megat2i.model.gpt import GPT
@@ -40,20 +43,12 @@ class TextModel:
     step: int
 
     @staticmethod
-    def from_run(run_dir: Path, tokenizer: Path, step: int | None = None) -> "TextModel":
-        """The newest checkpoint of a run, or that of ``step``; in float32 on the CPU.
-
-        Raises ConfigError or CheckpointError.
-        """
+    def from_run(run_dir: Path, tokenizer: Path) -> "TextModel":
+        """The newest checkpoint of a run, in float32 on the CPU. Raises ConfigError."""
         settings = config.load(run_dir / "config.yaml")
-        folder = run_dir / "checkpoints"
-        if step is None:
-            found = checkpoint.latest_here(folder)
-            if found is None:
-                raise ConfigError(f"{folder}: no sound checkpoint; train the run to its first checkpoint")
-        else:
-            found = checkpoint.open_checkpoint(folder / f"step-{step}")
-            checkpoint.verify(found)
+        found = checkpoint.latest_here(run_dir / "checkpoints")
+        if found is None:
+            raise ConfigError(f"{run_dir}/checkpoints: no sound checkpoint; train the run to its first checkpoint")
         device, dtype = torch.device("cpu"), torch.float32
         model = GPT.empty(settings.model, settings.vocab_layout, choose_ops(device, dtype), device, dtype)
         model.requires_grad_(False)
@@ -87,24 +82,35 @@ class TextModel:
             result.append(log_probabilities.gather(1, torch.tensor(ids)[:, None]).mean().item())
         return result
 
-    def accuracy(self, questions: Sequence[Question]) -> float:
-        """Share of questions whose right answer is the most probable one; chance is one in ANSWERS."""
-        right = 0
-        for question in questions:
-            scores = self.scores(question.prompt, question.answers)
-            right += scores.index(max(scores)) == 0
-        return right / len(questions)
+    def answers(self, questions: Sequence[Question]) -> list[bool]:
+        """Of each question whether the right answer is the most probable one; chance is one in ANSWERS."""
+        scores = (self.scores(question.prompt, question.answers) for question in questions)
+        return [values.index(max(values)) == 0 for values in scores]
+
+    @torch.no_grad()
+    def perplexity(self, store: IndexedDataset, windows: int) -> float:
+        """Of the first windows of a stream of text, over text ids alone: image codes take no probability from them."""
+        total, count = 0.0, 0
+        for start in range(0, min(len(store.tokens) - 1, windows * self.length), self.length):
+            ids = torch.from_numpy(store.tokens[start : start + self.length + 1].astype("int64"))
+            log_probabilities = self._logits(ids[None, :-1])[0].log_softmax(dim=-1)
+            total -= log_probabilities.gather(1, ids[1:, None]).double().sum().item()
+            count += len(ids) - 1
+        return math.exp(total / count)
 
 
 def questions(entries: Sequence[Entry], number: int, seed: int = 0) -> list[Question]:
     """What is a word a kind of? Behind SHOTS solved examples; the wrong answers are right for other words.
 
-    From entries that the language model has seen in training: what it knows, not what it can guess.
+    Nouns of one meaning, from entries that the language model has seen in training: what it knows, not what it can
+    guess.
     """
+    senses = Counter(entry.words[0] for entry in entries if entry.kind == "n")
     known = {
         entry.words[0]: next(other for pointer, other in entry.relations if pointer == KIND)
         for entry in entries
-        if not entry.held_out and any(pointer == KIND for pointer, _ in entry.relations)
+        if entry.kind == "n" and senses[entry.words[0]] == 1 and not entry.held_out
+        if any(pointer == KIND for pointer, _ in entry.relations)
     }
     chooser = random.Random(seed)
     words = sorted(known)

@@ -40,7 +40,8 @@ def test_the_whole_of_it(archive):
     assert len(entries) == 117_659  # synsets of WordNet 3.0, by its own statistics
     assert len({entry.text() for entry in entries}) > 117_000
     tomato = next(entry for entry in entries if entry.words[0] == "tomato")
-    assert "solanaceous vegetable" in tomato.text()
+    assert "solanaceous vegetable" in tomato.text() and tomato.kind == "n"
+    assert {entry.kind for entry in entries} == set("nvar")
     held_out = sum(entry.held_out for entry in entries)
     assert 0.018 < held_out / len(entries) < 0.022
     assert b"Princeton" in archive.with_name("LICENSE").read_bytes()

@@ -53,7 +53,7 @@ def test_every_figure_and_table(smoke, name):
 
 def test_the_numbers_of_figure_7(smoke):
     numbers = json.loads((smoke[0] / "fig7.json").read_text())
-    assert len(numbers["loss"]) == len(numbers["temperature"]) == 10
+    assert len(numbers["loss"]) == len(numbers["temperature"]) == 10 and len(numbers["retrieval"]) == 1
     assert numbers["nearest_tokens"] and numbers["control"]
 
 
@@ -74,6 +74,9 @@ def test_twins_differ_in_their_start_alone(smoke):
     texts = [config.to_yaml(one).splitlines() for one in settings]
     different = [line for pair in zip(*texts, strict=True) for line in pair if pair[0] != pair[1]]
     assert {line.split(":")[0].strip() for line in different} == {"dir", "pretrained"} and data[0] == data[1]
+    records = [(folder / f"runs/{name}-0/metrics.jsonl").read_text().splitlines() for name in ("pretrained", "random")]
+    counts = [[json.loads(line)["tokens/text"] for line in record if "split" not in line] for record in records]
+    assert counts[0] == counts[1] and len(set(counts[0])) > 1  # the same captions at every step
 
 
 def test_the_report_is_whole(smoke):
@@ -93,17 +96,19 @@ def test_what_is_done_is_not_done_again_and_a_missing_run_is_an_error(repository
     before = (folder / "runs/random-0/metrics.jsonl").stat().st_mtime_ns
     assert reproduce(repository, *arguments, "--output", folder).returncode == 0
     assert (folder / "runs/random-0/metrics.jsonl").stat().st_mtime_ns == before
-    shutil.copytree(folder, tmp_path / "copy")
-    (tmp_path / "copy/runs/random-0/metrics.jsonl").unlink()
-    # another folder, hence other commands: nothing of the copy passes for done
+    shutil.copytree(folder, tmp_path / "copy")  # another folder, hence other commands: nothing of it passes for done
     done = reproduce(repository, *arguments, "--output", tmp_path / "copy")
-    assert done.returncode == 1 and "was done with another command" in done.stderr
+    assert done.returncode == 1 and "was done with other command" in done.stderr
+    (tmp_path / "copy/runs/random-0/metrics.jsonl").unlink()
+    done = reproduce(repository, *arguments, "--report", "--output", tmp_path / "copy")
+    assert done.returncode == 1 and "random-0/metrics.jsonl is absent: run this experiment first" in done.stderr
 
 
 def test_dry_run_prints_every_command_and_the_budget(repository, tmp_path):
     done = reproduce(repository, "--scale", "nano", "--dry-run", "--output", tmp_path / "nothing")
     assert done.returncode == 0 and not (tmp_path / "nothing").exists()
-    assert done.stdout.count("pretrain_t2i.py --config configs/paper/nano.yaml") == 19
+    assert done.stdout.count("pretrain_t2i.py --config configs/paper/nano.yaml") == 25
+    assert done.stdout.count("align_embeddings.py --config configs/paper/nano.yaml") == 3
     assert "| random-2 | 2,000 | 6,144,000 |" in done.stdout
 
 
@@ -119,7 +124,7 @@ def test_the_papers_scale_is_a_config_and_a_script_for_every_run(paper):
     folder, printed = paper
     names = {arm.name for arm in arms_of(PAPER, list(EXPERIMENTS))}
     assert {path.stem for path in (folder / "configs").glob("*.yaml")} == names
-    for name in names - {"alignment"}:
+    for name in names - {"alignment-0"}:
         settings = config.load(folder / "configs" / f"{name}.yaml")
         config_rules.validate(settings, 64)
         assert (settings.model.hidden, settings.vocab.image_codes, settings.optimizer.beta2) == (2048, 16_384, 0.95)
@@ -136,14 +141,14 @@ def test_the_papers_runs_train_two_steps_at_tiny_width(repository, paper, smoke,
     monkeypatch.chdir(repository)
     jobs = []
     for arm in arms_of(PAPER, list(EXPERIMENTS)):
-        if arm.name == "alignment" or (arm.name.startswith("sweep") and "5e-05" not in arm.name):
+        if arm.name == "alignment-0" or (arm.name.startswith("sweep") and "5e-05" not in arm.name):
             continue
         run = folder / "tiny" / arm.name
         files = [f"data.train=[{{prefix: {data / 'train'}}}]", f"data.valid={data / 'valid'}", "data.valid_text=null"]
         if config.load(folder / "configs" / f"{arm.name}.yaml").model.pretrained:
             files.append(f"model.pretrained={out / 'pretrained'}")
         if arm.name.startswith("aligned"):
-            files.append(f"model.expansion_file={out / 'runs/alignment/image_embeddings.safetensors'}")
+            files.append(f"model.expansion_file={out / 'runs/alignment-0/image_embeddings.safetensors'}")
         path = folder / "configs" / f"{arm.name}.yaml"
         command = (sys.executable, arm.tool, "--config", str(path), f"run.dir={run}", *files, *TINY)
         jobs.append(Job(arm.name, command, run, steps=2))
