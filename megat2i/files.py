@@ -4,6 +4,8 @@ A commit flushes every file to the disk under a temporary name, renames the file
 folder: without that last step a power cut loses files that were already reported as written.
 """
 
+import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -23,6 +25,27 @@ class DataFileError(ValueError):
         return f"{self.path}: {self.problem}. {self.remedy}"
 
 
+# What the storage or this process is short of: nothing that is wrong with a file.
+TRANSIENT = ("ESTALE", "EIO", "ETIMEDOUT", "EMFILE", "ENFILE", "ENOMEM", "ENOSPC", "EDQUOT")
+
+
+def raise_if_transient(path: str | Path, error: Exception) -> None:
+    """DataFileError where ``error``, met at ``path``, is the storage's: a second try may go well."""
+    if isinstance(error, OSError) and errno.errorcode.get(error.errno) in TRANSIENT:
+        remedy = "Free space where it is full, then start the same command again"
+        raise DataFileError(path, f"the storage failed ({error.strerror})", remedy) from error
+
+
+@contextmanager
+def storage_errors(path: str | Path) -> Iterator[None]:
+    """``raise_if_transient`` for a block."""
+    try:
+        yield
+    except OSError as error:
+        raise_if_transient(path, error)
+        raise
+
+
 def store_path(prefix: str | Path, suffix: str) -> Path:
     """PREFIX + suffix. (``Path.with_suffix`` would cut a prefix that itself contains a dot.)"""
     return Path(f"{prefix}{suffix}")
@@ -39,13 +62,15 @@ class PendingFile:
         self._file = open(descriptor, "wb", buffering=1 << 20)  # noqa: SIM115 (closed by flush_to_disk or discard)
 
     def write(self, data) -> None:
-        self._file.write(data)
+        with storage_errors(self.path):
+            self._file.write(data)
 
     def flush_to_disk(self) -> None:
         """Make the content durable and close the file."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with storage_errors(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
 
     def discard(self) -> None:
         """Remove the temporary file; after a commit there is none and nothing happens."""
@@ -63,22 +88,40 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def commit(files: Sequence[PendingFile]) -> None:
+def commit(files: Sequence[PendingFile], outdated: Sequence[Path] = ()) -> None:
     """Make all ``files`` (of one folder) durable under their own names; they are renamed in the order given.
 
-    Old files of the same names but the first are removed before the first rename: a crash between two renames then
-    leaves a file missing, never a new file beside an old one that describes different content.
+    Old files of the same names but the first, and those ``outdated``, are removed before the first rename: a crash
+    between two renames then leaves a file missing, never a new file beside an old one that describes different content.
     """
     folder = files[0].path.parent
     for file in files:
         file.flush_to_disk()
-    if any(file.path.exists() for file in files[1:]):
-        for file in files[1:]:
-            file.path.unlink(missing_ok=True)
+    outdated = [path for path in (*outdated, *(file.path for file in files[1:])) if path.exists()]
+    for path in outdated:
+        path.unlink()
+    if outdated:
         fsync_folder(folder)
     for file in files:
         os.replace(file.temporary, file.path)
     fsync_folder(folder)
+
+
+@contextmanager
+def only_run(folder: Path, first: int = 0, number: int = 0) -> Iterator[None]:
+    """Hold the lock of ``number`` parts (0: all) of a folder from ``first`` on.
+
+    The system frees it when the process ends, however it ends, also on another machine.
+    """
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, number, first)  # a byte for each part
+        except (BlockingIOError, PermissionError) as error:
+            raise DataFileError(folder, "another run is writing this dataset", "Wait for it, or stop it") from error
+        except OSError as error:
+            problem = f"its file system has no locks ({error.strerror})"
+            raise DataFileError(folder, problem, "Mount it with them, or write to another one") from error
+        yield
 
 
 @contextmanager

@@ -5,7 +5,9 @@ Inputs: a folder of images (captions in .txt files of the same names, or in its 
 used are listed in PREFIX.ledger.jsonl. A run that was stopped goes on where it was when started again.
 
 In a SLURM array (or with --shard-index and --num-shards) every task does its share of the shards and leaves a finished
-dataset for each of them in PREFIX.shards, which tools/merge_data.py joins.
+dataset for each of them in PREFIX.shards, which tools/merge_data.py joins. With --num-shards the array's task id is the
+share (from 0), so that single tasks can be done again: sbatch --array=7 with the same --num-shards. Without it an array
+of task ids in a row, 0-99 or 1-100, is the whole job.
 
     python tools/preprocess_data.py --input photos --output-prefix data/photos/train --train-text-tokenizer 2048
     python tools/preprocess_data.py --input shards/*.tar --output-prefix data/web/train --text-tokenizer neox.json \
@@ -17,6 +19,7 @@ dataset for each of them in PREFIX.shards, which tools/merge_data.py joins.
 import argparse
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -29,7 +32,7 @@ from megat2i.data.merge import check_output
 from megat2i.data.openmoji import SPLITS
 from megat2i.data.preprocess import preprocess
 from megat2i.data.samples import Part
-from megat2i.data.shards import whole_files
+from megat2i.data.shards import check_tars, whole_files
 from megat2i.data.sources import find_parts
 from megat2i.files import DataFileError
 from megat2i.tokenizers.image import NETWORKS, load_image_tokenizer
@@ -90,7 +93,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--split", choices=SPLITS, default="train", help="of openmoji (default train)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset and its tokenizers")
-    for name, text in (("shard-index", "which task this is, from 0 (in a SLURM array: its task id less the least)"),
+    for name, text in (("shard-index", "which task this is, from 0 (in a SLURM array: its task id)"),
                        ("num-shards", "tasks that share the work (in a SLURM array: their number)")):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
     return _check(parser, parser.parse_args(arguments))
@@ -133,11 +136,12 @@ def _check_share(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     array = [os.environ.get(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "MIN", "MAX", "COUNT")]
     if all(array):
         task, least, largest, count = map(int, array)
-        if None in (args.shard_index, args.num_shards) and largest - least + 1 != count:
-            parser.error(f"the task ids of this array, {least} to {largest}, are not {count} in a row: pass "
-                         "--shard-index and --num-shards")  # fmt: skip
-        args.shard_index = task - least if args.shard_index is None else args.shard_index
-        args.num_shards = count if args.num_shards is None else args.num_shards
+        if args.num_shards is None:
+            if args.shard_index is None and largest - least + 1 != count:
+                parser.error(f"the task ids of this array, {least} to {largest}, are not {count} in a row: pass "
+                             "--num-shards, of the whole job")  # fmt: skip
+            args.num_shards, task = count, task - least
+        args.shard_index = task if args.shard_index is None else args.shard_index
     if (args.shard_index is None) != (args.num_shards is None):
         parser.error("--shard-index and --num-shards go together")
     if args.num_shards is None:
@@ -201,7 +205,12 @@ def take_network(args: argparse.Namespace, path: Path) -> None:
         remedy = "Use it with --image-tokenizer, pass --overwrite, or choose another folder"
         raise DataFileError(path, "there is another tokenizer, and datasets may depend on it", remedy)
     print(f"taking the image tokenizer {path} from {args.image_checkpoint}", flush=True)
-    network.save(path)
+    if args.num_shards:  # other tasks may be writing it too
+        with tempfile.TemporaryDirectory() as folder:
+            network.save(Path(folder, path.name))
+            copied(Path(folder, path.name), path)
+    else:
+        network.save(path)
 
 
 def run_share(args: argparse.Namespace, parts: list[Part], encoding: Encoding, workers: int) -> str:
@@ -236,10 +245,11 @@ def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(1)  # the workers use the other cores
     try:
-        parts = find_parts(args.input, args.split)
+        parts = find_parts(args.input, args.split, open_tars=not args.num_shards)
         if args.num_shards:
             parts = whole_files(parts)
             share = share_of(len(parts), args.shard_index, args.num_shards)
+            check_tars(parts[share.start : share.stop])
         else:
             check_output(args.output_prefix, args.overwrite)  # before the time that fitting takes
             share = range(len(parts))

@@ -9,6 +9,8 @@ samples are decoded and drawn with their captions: what digests cannot tell, the
 """
 
 import argparse
+import functools
+import os
 import sys
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megat2i.data.array_job import shard_prefixes
+from megat2i.data.array_job import finished_shards
 from megat2i.data.codebook_use import CodebookUse, token_blocks
 from megat2i.data.indexed import IndexedDataset
 from megat2i.data.manifest import Manifest, TokenCounts, digest_file
@@ -30,6 +32,8 @@ from megat2i.vocab import IMAGE, TEXT
 from megat2i.weights_file import file_sha256
 
 GIVEN = {"text": "--text-tokenizer", "image": "--image-tokenizer"}
+DOCUMENTS = 1 << 17  # looked at together: bounds the memory
+digest_once = functools.cache(file_sha256)  # the shards of a job have their tokenizers in common
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -62,9 +66,12 @@ def faults(prefix: Path, tokenizers: dict[str, Path | None]) -> Iterator[str]:
         size = f"{store.number_of_documents:,} documents, {len(store):,} sequences, {len(store.tokens):,} tokens"
         print(f"{prefix}: {size}{'' if manifest else '; no manifest: only the structure was checked'}")
         if manifest:
+            yield from _document_faults(store, manifest)
             yield from _token_faults(store, manifest)
     except DataFileError as error:
         yield str(error)
+    except OSError as error:
+        yield f"{prefix}: {error}"
 
 
 def _byte_faults(prefix: Path, manifest: Manifest) -> Iterator[str]:
@@ -89,10 +96,34 @@ def _tokenizer_faults(prefix: Path, manifest: Manifest, given: dict[str, Path | 
             continue
         path = given[name] or prefix.parent / content.tokenizer
         try:
-            if file_sha256(path) != content.sha256:
+            if digest_once(os.path.realpath(path)) != content.sha256:
                 yield f"{path}: its SHA-256 is not the {name}.sha256 of {store_path(prefix, '.json').name}"
         except DataFileError as error:
             yield f"{error}, or pass {GIVEN[name]}"
+
+
+def _document_faults(store: IndexedDataset, manifest: Manifest) -> Iterator[str]:
+    """Compare the sources, and of captioned images the sequences of every document, with the manifest."""
+    path, documents = store_path(store.prefix, ".json"), store.number_of_documents
+    if (samples := sum(source.samples for source in manifest.sources)) != documents:
+        yield f"{path}: sources have {samples:,} samples, there are {documents:,} documents"
+    if not documents or None in (manifest.text, manifest.image):
+        return
+    rows, columns = manifest.image.grid
+    if store.modes is None or len(store) != 2 * documents:
+        yield f"{store.index_path}: its documents are not a text sequence and an image each"
+        return
+    for start in range(0, documents, DOCUMENTS):
+        some = slice(2 * start, 2 * (start + DOCUMENTS))
+        modes, lengths = store.modes[some].reshape(-1, 2), store.lengths[some].reshape(-1, 2)
+        firsts = np.arange(2 * start, 2 * start + modes.size, 2)
+        wrong = (modes != (TEXT, IMAGE)).any(1) | (store.documents[start : start + len(firsts)] != firsts)
+        wrong |= lengths[:, 1] != rows * columns
+        store.release()
+        if wrong.any():
+            document = f"document {start + int(wrong.argmax()):,}"
+            yield f"{store.index_path}: {document} is not a text sequence and an image of {rows} x {columns} codes"
+            return
 
 
 def _token_faults(store: IndexedDataset, manifest: Manifest) -> Iterator[str]:
@@ -146,6 +177,9 @@ def draw(prefixes: list[Path], given: dict[str, Path | None], samples: int, path
             continue
         files = [given[name] or prefix.parent / getattr(manifest, name).tokenizer for name in GIVEN]
         text, image = load_text_tokenizer(files[0]), load_image_tokenizer(files[1])
+        if image.grid != manifest.image.grid:
+            problem = f"its grid is {image.grid}, the manifest of {prefix} says {manifest.image.grid}"
+            raise DataFileError(files[1], problem, "Write the dataset again")
         store = IndexedDataset(prefix)
         share = min(share, store.number_of_documents)
         for document in (i * store.number_of_documents // share for i in range(share)):
@@ -164,8 +198,11 @@ def main() -> None:
     found, prefixes = 0, []
     for path in args.inputs:
         try:
-            prefixes += shard_prefixes(path) if path.is_dir() else [path]
-        except DataFileError as error:
+            stores, error = finished_shards(path) if path.is_dir() else ([path], None)
+        except (DataFileError, OSError) as unusable:
+            stores, error = [], unusable
+        prefixes += stores
+        if error:
             found += 1
             print(f"FAULT {error}")
     for prefix in prefixes:
@@ -175,7 +212,7 @@ def main() -> None:
     if args.grid and not found:
         try:
             draw(prefixes, given, args.samples, args.grid)
-        except DataFileError as error:
+        except (DataFileError, OSError) as error:
             found += 1
             print(f"FAULT {error}")
     if found:

@@ -8,7 +8,9 @@ what they are made with. Each task holds the lock of its share, so no store is e
 import hashlib
 import json
 import os
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +19,11 @@ import numpy as np
 from megat2i.data.codebook_use import CodebookUse
 from megat2i.data.encode_part import Encoding, open_tokenizers
 from megat2i.data.encoders import encode_parts
-from megat2i.data.merge import write_ledger
-from megat2i.data.preprocess import ledger_lines, only_run
 from megat2i.data.samples import Part
-from megat2i.files import DataFileError, PendingFile, fsync_folder, store_path, write_file
+from megat2i.files import DataFileError, PendingFile, fsync_folder, only_run, store_path
 
 JOB = "job.json"
+DAY = 24 * 60 * 60
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,22 @@ def write_share(
         with only_run(folder, share.start, len(share)):
             _remove_leftovers(folder, share)
             jobs = [(parts[shard], stores[shard]) for shard in share]
-            for done, encoded in encode_parts(jobs, encoding, workers):
-                part, store = jobs[done]
-                write_ledger(store, ledger_lines(part, store))
-                write_file(store_path(store, ".codebook.json"), encoded.codebook.content())
+            for _, encoded in encode_parts(jobs, encoding, workers):
                 samples, refused = samples + encoded.samples, refused + encoded.refused
                 counts += encoded.codebook.counts
-    finished = sum(store_path(store, ".json").exists() for store in stores)
+    finished = len(stores) - len(_unfinished(stores))
     return ShareSummary(share, samples, refused, CodebookUse(counts), finished, len(stores))
 
 
 def write_once(path: Path, content: bytes) -> None:
     """Write ``path`` unless it is there with this content; of several tasks that try at once, one does.
 
-    Raises DataFileError where it has other content.
+    Raises DataFileError where it has other content. Removes what a task that was killed here a day ago left.
     """
+    for stray in path.parent.glob(f"{path.name}.*.tmp"):
+        with suppress(FileNotFoundError):  # another task was faster
+            if time.time() - stray.stat().st_mtime > DAY:
+                stray.unlink()
     if not path.exists():
         file = PendingFile(path)
         try:
@@ -109,14 +111,34 @@ def _join_job(path: Path, parts: Sequence[Part], encoding: Encoding) -> None:
 
 def shard_prefixes(folder: Path) -> list[Path]:
     """The stores of a finished job, in order. DataFileError where some are missing."""
+    stores, missing = finished_shards(folder)
+    if missing:
+        raise missing
+    return stores
+
+
+def finished_shards(folder: Path) -> tuple[list[Path], DataFileError | None]:
+    """The finished stores of a job, in order, and the error that names the missing ones and how to make them."""
     shards = _read_job(folder / JOB)["shards"]
     stores = [folder / f"{shard:06d}" for shard in range(len(shards))]
-    missing = [shard for shard, store in enumerate(stores) if not store_path(store, ".json").exists()]
-    if missing:
-        some = ", ".join(f"{stores[shard].name} ({shards[shard]})" for shard in missing[:3])
-        problem = f"{len(missing)} of {len(shards)} shards are not finished: {some}{', ...' if missing[3:] else ''}"
-        raise DataFileError(folder, problem, "Start their tasks again: finished shards are kept")
-    return stores
+    missing = _unfinished(stores)
+    if not missing:
+        return stores, None
+    more = ", ..." if missing[3:] else ""
+    some = ", ".join(f"{stores[shard].name} ({shards[shard]})" for shard in missing[:3])
+    problem = f"{len(missing)} of {len(shards)} shards are not finished: {some}{more}"
+    tasks = "; ".join(f"--shard-index {shard} --num-shards {len(shards)}" for shard in missing[:100])
+    remedy = f"Start the same command again, or for these shards alone with {tasks}"
+    absent = set(missing)
+    finished = [store for shard, store in enumerate(stores) if shard not in absent]
+    return finished, DataFileError(folder, problem, remedy)
+
+
+def _unfinished(stores: Sequence[Path]) -> list[int]:
+    """Numbers of the shards that lack a manifest or a ledger."""
+    names = set(os.listdir(stores[0].parent)) if stores else set()
+    needed = ({f"{store.name}.json", f"{store.name}.ledger.jsonl"} for store in stores)
+    return [shard for shard, files in enumerate(needed) if not files <= names]
 
 
 def _read_job(path: Path) -> dict:
@@ -131,6 +153,7 @@ def _read_job(path: Path) -> dict:
 
 def _remove_leftovers(folder: Path, share: range) -> None:
     """Temporary files of killed tasks among the stores of ``share``."""
-    for path in folder.glob("[0-9]*.tmp"):
-        if int(path.name[:6]) in share:
-            path.unlink()
+    for entry in os.scandir(folder):
+        shard = entry.name.split(".")[0]
+        if entry.name.endswith(".tmp") and shard.isdecimal() and int(shard) in share:
+            os.unlink(entry)

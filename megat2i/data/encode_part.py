@@ -1,7 +1,7 @@
 """One part of a preprocessing job: its samples tokenized into a small store of their own, atomically, once.
 
-The store's manifest is written last. Beside it lies a record: the fingerprint of all that decides the bytes (the
-samples' files, the tokenizers, the crop, the decoder's version) and what was refused. A part whose manifest verifies
+The store's manifest is written last, after its ledger, the use of its codes and a record: the fingerprint of all that
+decides the bytes (the samples' files, the tokenizers, the crop, the decoder's version). A part whose manifest verifies
 and whose fingerprint is the present one is kept by a later run; anything else is written again.
 """
 
@@ -24,9 +24,10 @@ from megat2i.data.codebook_use import CodebookUse
 from megat2i.data.decoding import BATCH, decode, readable
 from megat2i.data.indexed import IndexedDataset, IndexedWriter
 from megat2i.data.manifest import ImageContent, Manifest, Source, TextContent, TokenCounts, relative_path
+from megat2i.data.merge import write_ledger
 from megat2i.data.samples import Part, Refused
 from megat2i.data.sources import describe_source, source_identity
-from megat2i.files import DataFileError, PendingFile, commit, store_path
+from megat2i.files import DataFileError, store_path, write_file
 from megat2i.tokenizers.image import ImageTokenizer, load_image_tokenizer
 from megat2i.tokenizers.text import TextTokenizer, load_text_tokenizer
 from megat2i.vocab import IMAGE, TEXT
@@ -109,7 +110,7 @@ def encode_part(
     fingerprint = _fingerprint(part, encoding)
     kept = _kept_part(prefix, fingerprint)
     manifest, refused = kept or _write_part(part, prefix, encoding, fingerprint, report, threads)
-    codebook = CodebookUse.of_store(IndexedDataset(prefix), manifest.image.codebook_size)
+    codebook = CodebookUse.read(prefix, manifest.image.codebook_size)
     return EncodedPart(manifest.documents + refused, refused, kept is not None, codebook)
 
 
@@ -140,7 +141,11 @@ def _write_part(
                 written.add(IMAGE, image_codes)
         name = Path(os.path.abspath(part.source)).name
         source = Source(name, written.documents, *(described.result() if described else ()))
-    _write_record(prefix, fingerprint, refused)
+    rows = ({"source": part.source, "sample": one.name, "reason": one.reason} for one in refused)
+    write_ledger(prefix, (json.dumps(row).encode() + b"\n" for row in rows))
+    codebook = CodebookUse.of_store(IndexedDataset(prefix), image.codebook_size)
+    write_file(store_path(prefix, ".codebook.json"), codebook.content())
+    write_file(_record_path(prefix), json.dumps({"fingerprint": fingerprint, "refused": len(refused)}).encode())
     manifest = _manifest(source, encoding, prefix, written, np.dtype(dtype).name, writer.digests)
     manifest.write(prefix)
     manifest.verify(prefix)
@@ -173,11 +178,6 @@ def code_agreement(parts: Sequence[Part], encoding: Encoding) -> tuple[int, floa
     return (images, equal / codes) if codes else None
 
 
-def read_refused(prefix: Path) -> list[Refused]:
-    """What the finished part ``prefix`` refused."""
-    return [Refused(*pair) for pair in _read_record(prefix)["refused"]]
-
-
 def _fingerprint(part: Part, encoding: Encoding) -> str:
     text, image = open_tokenizers(encoding)
     # The last two: another release or device may round differently, and a code on the border of two then changes.
@@ -191,37 +191,20 @@ def _kept_part(prefix: Path, fingerprint: str) -> tuple[Manifest, int] | None:
     """(manifest, samples refused) of a part that an earlier run finished with this fingerprint; None: write it."""
     try:
         manifest = Manifest.read(prefix)
-        if manifest is None or _read_record(prefix)["fingerprint"] != fingerprint:
+        refused = store_path(prefix, ".ledger.jsonl").read_bytes().count(b"\n")
+        expected = {"fingerprint": fingerprint, "refused": refused}
+        if manifest is None or json.loads(_record_path(prefix).read_bytes()) != expected:
             return None
         manifest.verify(prefix)
-    except DataFileError:  # damaged: no harm, it is written again
+        if CodebookUse.read(prefix, manifest.image.codebook_size) is None:
+            return None
+    except (OSError, ValueError):  # damaged or incomplete: no harm, it is written again
         return None
-    return manifest, len(read_refused(prefix))
+    return manifest, refused
 
 
 def _record_path(prefix: Path) -> Path:
     return store_path(prefix, ".record.json")
-
-
-def _write_record(prefix: Path, fingerprint: str, refused: list[Refused]) -> None:
-    record = {"fingerprint": fingerprint, "refused": [[one.name, one.reason] for one in refused]}
-    file = PendingFile(_record_path(prefix))
-    try:
-        file.write(json.dumps(record).encode())
-        commit([file])
-    finally:
-        file.discard()
-
-
-def _read_record(prefix: Path) -> dict:
-    path = _record_path(prefix)
-    try:
-        record = json.loads(path.read_bytes())
-        if {"fingerprint", "refused"} <= set(record):
-            return record
-    except (OSError, ValueError) as error:
-        raise DataFileError(path, f"not a readable record ({error})", "Remove it") from error
-    raise DataFileError(path, "not a record of a part", "Remove it")
 
 
 def _manifest(source: Source, encoding: Encoding, prefix: Path, written: _Written, dtype: str, digests) -> Manifest:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import active_children, connection, get_context, parent_process
 from pathlib import Path
 
 import torch
@@ -73,7 +73,7 @@ def _run_here(jobs, encoding: Encoding, _: int, threads: int, progress: _Progres
 def _run_processes(jobs, encoding: Encoding, processes: int, threads: int, progress: _Progress):
     context = get_context("spawn")  # the same on every platform; forking a process that has threads is not safe
     done_samples, started = context.Value("q", 0), context.Value("i", 0)
-    waiting, running, shown = iter(enumerate(jobs)), {}, 0
+    waiting, running, shown, others = iter(enumerate(jobs)), {}, 0, set(active_children())
     with ProcessPoolExecutor(processes, context, _start_worker, (done_samples, started)) as pool:
         try:
             while True:
@@ -82,16 +82,25 @@ def _run_processes(jobs, encoding: Encoding, processes: int, threads: int, progr
                 if not running:
                     return
                 finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                done = done_samples.value
+                done = done_samples.get_obj().value  # without the lock, which a killed worker may hold for ever
                 progress.bar.update(done - shown)
                 shown = done
                 for future in finished:
-                    yield running.pop(future), future.result()
+                    encoded = future.result()
+                    yield running.pop(future), encoded
         except BrokenProcessPool as error:
             remedy = "Often its memory ran out: use fewer --workers. The same command goes on where it was"
-            raise DataFileError(jobs[0][1].parent, "a worker process was killed", remedy) from error
+            unfinished = sorted(number for future, number in running.items() if not future.done() or future.exception())
+            sources = ", ".join(dict.fromkeys(jobs[number][0].source for number in unfinished[:processes]))
+            problem = f"a worker process was killed; under way were parts of {sources}"
+            raise DataFileError(jobs[0][1].parent, problem, remedy) from error
         except BaseException:  # an interruption too: do not wait for the parts that are under way
             pool.shutdown(wait=False, cancel_futures=True)
+            workers = set(active_children()) - others
+            for worker in workers:
+                worker.terminate()
+            for worker in workers:  # nothing writes any more when the caller lets go of its lock
+                worker.join()
             raise
 
 

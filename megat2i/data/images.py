@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from megat2i.files import raise_if_transient
+
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAXIMUM_PIXELS = 64_000_000
 TOO_LARGE = f"more than {MAXIMUM_PIXELS // 1_000_000} megapixels"
@@ -105,4 +107,5 @@ def read_image_file(path: str | Path) -> bytes:
                 raise UnreadableImage(f"{status.st_size:,} bytes, more than {MAXIMUM_BYTES:,}")
             return file.read(MAXIMUM_BYTES + 1)
     except OSError as error:
+        raise_if_transient(path, error)
         raise UnreadableImage(error.strerror or str(error)) from error

@@ -296,7 +296,7 @@ def commit_store(file: PendingFile, digester: BlockDigester, code: int, index: G
         for piece in index.content(code):
             digest.update(piece)
             index_file.write(piece)
-        commit([file, index_file])
+        commit([file, index_file], [index_file.path.with_suffix(".json")])  # an old manifest describes what goes now
     finally:
         index_file.discard()
     return StoreDigests(digest.hexdigest(), digester.result())

@@ -7,6 +7,7 @@ at a time and the new index is collected in temporary files, so memory does not 
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 from megat2i.data.codebook_use import CodebookUse
 from megat2i.data.indexed import DTYPES, GrowingIndex, IndexedDataset, StoreDigests, commit_store
 from megat2i.data.manifest import REBUILD, BlockDigester, Manifest, Source, TokenCounts, relative_path
-from megat2i.files import DataFileError, PendingFile, commit, store_path, write_file
+from megat2i.files import DataFileError, PendingFile, commit, only_run, storage_errors, store_path, write_file
 
 COPY_BYTES = 1 << 22
 SEQUENCES = 1 << 18  # whose entries of the index are changed at a time
@@ -24,20 +25,21 @@ FREE += tuple(f"{content}.{name}" for content in ("text", "image") for name in (
                                                                                "min_code", "max_code"))  # fmt: skip
 
 
-def merge(prefixes: Iterable[str | Path], output: str | Path, each: Callable[[IndexedDataset], object]) -> StoreDigests:
+def merge(prefixes: Iterable[str | Path], output: str | Path, each: Callable, overwrite: bool = False) -> StoreDigests:
     """Concatenate stores of one dtype, in the order given, into a new one; returns the digests for its manifest.
 
-    ``each`` is called with every store while it is open. Stores with and without modes do not mix. The bytes of a store
-    that has a manifest are checked on their way.
+    A complete store is replaced only with ``overwrite``, and stays whole until the new one is written. ``each`` is
+    called with every store while it is open. Stores with and without modes do not mix. The bytes of a store that has a
+    manifest are checked on their way.
     """
     manifest = store_path(output, ".json")
-    if manifest.exists():
+    if manifest.exists() and not overwrite:
         raise DataFileError(manifest, "the store is complete already", "Remove this file first")
     first, with_modes = None, None
     file, digester = PendingFile(store_path(output, ".bin")), BlockDigester()
     index = GrowingIndex(file.path.parent)
     try:
-        with open(file.temporary, "r+b", buffering=0) as target:
+        with storage_errors(file.path), open(file.temporary, "r+b", buffering=0) as target:
             for prefix in prefixes:
                 store = IndexedDataset(prefix)
                 first = first or (store.dtype, store.index_path)
@@ -99,17 +101,12 @@ def _copy(source: int, target: int, size: int) -> None:
 
 
 def write_dataset(
-    prefixes: Sequence[Path],
-    output: Path,
-    tokenizers: tuple[Path, Path],
-    ledger: Iterable[bytes],
-    codebook: CodebookUse,
+    prefixes: Sequence[Path], output: Path, tokenizers: tuple[Path, Path], codebook: CodebookUse
 ) -> Manifest:
     """Join the stores ``prefixes``, which must be alike, as the dataset ``output``; its manifest comes last.
 
-    tokenizers: files of the text and the image tokenizer. ledger: lines of refused samples.
+    tokenizers: files of the text and the image tokenizer.
     """
-    store_path(output, ".json").unlink(missing_ok=True)  # where it is to be replaced: it describes what now goes
     total, sources = None, []
 
     def count(store: IndexedDataset) -> None:
@@ -117,8 +114,8 @@ def write_dataset(
         total = store.manifest if total is None else _sum(total, store.manifest)
         _add_sources(sources, store.manifest.sources)
 
-    digests = merge(prefixes, output, count)
-    write_ledger(output, ledger)
+    digests = merge(prefixes, output, count, overwrite=True)
+    write_ledger(output, ledger_lines(prefixes))
     write_file(store_path(output, ".codebook.json"), codebook.content())
     text, image = (relative_path(path, output) for path in tokenizers)
     manifest = replace(
@@ -185,32 +182,54 @@ def check_output(prefix: Path, overwrite: bool) -> None:
         raise DataFileError(manifest, "there is a complete dataset", remedy)
     index = store_path(prefix, ".idx")
     if index.exists() and not store_path(prefix, ".parts").exists():
-        raise DataFileError(
-            index,
-            "there is a dataset that this tool did not write",
-            "Pass --overwrite to replace it, or another prefix",
-        )
+        problem = "there is a dataset that this tool did not write"
+        raise DataFileError(index, problem, "Pass --overwrite to replace it, or another prefix")
+
+
+@contextmanager
+def only_writer(prefix: Path, overwrite: bool) -> Iterator[Path]:
+    """Hold the lock of the dataset ``prefix``, rid of a killed run's temporary files; PREFIX.parts, for its parts.
+
+    Raises DataFileError where the prefix is taken or another run writes it.
+    """
+    check_output(prefix, overwrite)
+    folder = store_path(prefix, ".parts")
+    folder.mkdir(parents=True, exist_ok=True)
+    held = False
+    try:
+        with only_run(folder):
+            held = True
+            check_output(prefix, overwrite)  # again: another run may have finished it meanwhile
+            for suffix in (".bin", ".idx", ".json", ".ledger.jsonl", ".codebook.json"):
+                for path in prefix.parent.glob(f"{prefix.name}{suffix}.*.tmp"):
+                    path.unlink()
+            yield folder
+    finally:
+        if held:  # outside of only_run: NFS keeps files that are open; the folder of an unfinished run is not empty
+            with suppress(OSError):
+                (folder / "lock").unlink()
+                folder.rmdir()
 
 
 def merge_datasets(prefixes: Sequence[Path], output: Path, overwrite: bool) -> Manifest:
     """Join finished datasets, in the order given, as the dataset ``output``. Raises DataFileError."""
-    check_output(output, overwrite)
-    if output in prefixes:
+    if os.path.realpath(output) in map(os.path.realpath, prefixes):
         raise DataFileError(output, "is also one of the datasets to merge", "Choose another output prefix")
-    first, documents = None, 0
-    for prefix in prefixes:
-        manifest = read_manifest(prefix)
-        first = first or manifest
-        _require_alike(store_path(prefix, ".json"), manifest, store_path(prefixes[0], ".json"), first)
-        documents += manifest.documents
-    if not documents:
-        raise DataFileError(output, "the datasets to merge have no documents", "Nothing was written")
-    tokenizers = tuple(prefixes[0].parent / content.tokenizer for content in (first.text, first.image))
-    counts = np.zeros(first.image.codebook_size, np.int64)
-    for prefix in prefixes:
-        use = CodebookUse.read(prefix, len(counts)) or CodebookUse.of_store(IndexedDataset(prefix), len(counts))
-        counts += use.counts
-    return write_dataset(prefixes, output, tokenizers, _ledger_lines(prefixes), CodebookUse(counts))
+    with only_writer(output, overwrite):
+        first, documents = None, 0
+        for prefix in prefixes:
+            manifest = read_manifest(prefix)
+            first = first or manifest
+            _require_alike(store_path(prefix, ".json"), manifest, store_path(prefixes[0], ".json"), first)
+            documents += manifest.documents
+        if not documents:
+            raise DataFileError(output, "the datasets to merge have no documents", "Nothing was written")
+        tokenizers = tuple(prefixes[0].parent / content.tokenizer for content in (first.text, first.image))
+        counts = np.zeros(first.image.codebook_size, np.int64)
+        for prefix in prefixes:
+            use = CodebookUse.read(prefix, len(counts)) or CodebookUse.of_store(IndexedDataset(prefix), len(counts))
+            counts += use.counts
+        return write_dataset(prefixes, output, tokenizers, CodebookUse(counts))
 
 
 def read_manifest(prefix: Path) -> Manifest:
@@ -241,7 +260,8 @@ def _flat(manifest: Manifest) -> dict:
     return fields
 
 
-def _ledger_lines(prefixes: Sequence[Path]) -> Iterator[bytes]:
+def ledger_lines(prefixes: Iterable[Path]) -> Iterator[bytes]:
+    """Lines of the ledgers that the stores have."""
     for prefix in prefixes:
         path = store_path(prefix, ".ledger.jsonl")
         if path.exists():

@@ -19,7 +19,7 @@ from PIL import Image
 
 from megat2i.data.images import MAXIMUM_BYTES, UnreadableImage, decode_image
 from megat2i.data.samples import BLOCK, IMAGE_SUFFIXES, Refused, Sample, clean_caption, decode_caption, file_identity
-from megat2i.files import DataFileError
+from megat2i.files import DataFileError, raise_if_transient, storage_errors
 
 MAXIMUM_CAPTION_BYTES = 2**20  # of a .txt or .json member
 MAXIMUM_NAME = 1024  # characters of a member's name
@@ -47,7 +47,8 @@ class TarPart:
         return file_identity(self.source)
 
     def samples(self) -> Iterator[Sample | Refused]:
-        file, key, group = _SharedFile(self.source), None, {}
+        with storage_errors(self.source):
+            file, key, group = _SharedFile(self.source), None, {}
         for member in _members(file):
             if isinstance(member, Refused):
                 yield member
@@ -67,15 +68,15 @@ class TarPart:
             yield _tar_sample(file, key, group)
 
 
-def tar_parts(path: Path) -> list[TarPart]:
-    """A shard is a part. Raises DataFileError where ``path`` is not an uncompressed tar file."""
-    try:
-        with tarfile.open(path, "r:"):
-            pass
-    except (tarfile.TarError, OSError) as error:
-        remedy = "Pass an uncompressed .tar file, or remove this one from the list"
-        raise DataFileError(path, f"not a readable tar archive ({error})", remedy) from error
-    return [TarPart(str(path))]
+def check_tars(parts: Sequence) -> None:
+    """DataFileError where the file of a TarPart among ``parts`` is not an uncompressed tar file."""
+    for path in (part.source for part in parts if isinstance(part, TarPart)):
+        try:
+            with tarfile.open(path, "r:"):
+                pass
+        except (tarfile.TarError, OSError, RecursionError, MemoryError) as error:
+            remedy = "Pass an uncompressed .tar file, or remove this one from the list"
+            raise DataFileError(path, f"not a readable tar archive ({error})", remedy) from error
 
 
 def _members(file) -> Iterator[tarfile.TarInfo | Refused]:
@@ -96,8 +97,9 @@ def _members(file) -> Iterator[tarfile.TarInfo | Refused]:
         # tarfile takes a damaged header for the end of the archive. The real end is a block of zeros.
         if any(ending := os.pread(file.fileno(), tarfile.BLOCKSIZE, archive.offset)) or not ending:
             yield Refused(f"after {name}", "the archive is damaged or cut off here")
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        yield Refused(f"after {name}", f"the archive is damaged here: {error}")
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+        raise_if_transient(file.name, error)
+        yield Refused(f"after {name}", f"the archive is damaged here: {error or 'a header of many gigabytes'}")
 
 
 def _problem(member: tarfile.TarInfo) -> str | None:
@@ -127,6 +129,8 @@ def _tar_sample(file, key: str, group: dict[str, tarfile.TarInfo]) -> Sample | R
             caption = clean_caption(value.get("caption") if isinstance(value, dict) else None)
         else:
             return Refused(key, "no caption: neither .txt nor .json")
+    except DataFileError:
+        raise
     except RecursionError:
         return Refused(key, "its .json is nested too deeply")
     except ValueError as error:
@@ -135,17 +139,18 @@ def _tar_sample(file, key: str, group: dict[str, tarfile.TarInfo]) -> Sample | R
 
 
 def _tar_image(file, member: tarfile.TarInfo, size: int) -> Image.Image:
-    try:
-        return decode_image(_read_member(file, member, MAXIMUM_BYTES), size)
-    except OSError as error:
-        raise UnreadableImage(error.strerror or str(error)) from error
+    return decode_image(_read_member(file, member, MAXIMUM_BYTES), size)
 
 
 def _read_member(file, member: tarfile.TarInfo, maximum: int) -> bytes:
     """The content of a regular member. ValueError where it is longer than ``maximum`` or the file ends before it."""
     if member.size > maximum:
         raise ValueError(f"{member.name}: {member.size:,} bytes, more than {maximum:,}")
-    content = os.pread(file.fileno(), member.size, member.offset_data)
+    try:
+        content = os.pread(file.fileno(), member.size, member.offset_data)
+    except OSError as error:
+        raise_if_transient(file.name, error)
+        raise UnreadableImage(error.strerror) from error
     if len(content) != member.size:
         raise UnreadableImage(f"{member.name}: the archive ends inside it")
     return content
@@ -181,6 +186,7 @@ class ParquetPart:
                         yield _parquet_sample(f"row {row}", image, caption)
                         row += 1
         except (pa.ArrowException, OSError) as error:
+            raise_if_transient(self.source, error)
             yield Refused(f"rows {row} to {self.row + self.expected - 1}", f"the file is damaged here: {error}")
 
 

@@ -27,8 +27,8 @@ from megat2i.data.samples import (
     decode_caption,
     file_identity,
 )
-from megat2i.data.shards import parquet_parts, tar_parts
-from megat2i.files import DataFileError
+from megat2i.data.shards import TarPart, check_tars, parquet_parts
+from megat2i.files import DataFileError, raise_if_transient, storage_errors
 from megat2i.weights_file import file_sha256
 
 IMAGE_KEYS, CAPTION_KEYS = ("image", "file_name"), ("caption", "text")
@@ -36,9 +36,12 @@ METADATA = "metadata.jsonl"  # of a folder: the captions of its images, as Huggi
 KINDS = "a folder of images, a .jsonl file, WebDataset .tar shards, .parquet files or the word openmoji"
 
 
-def find_parts(inputs: Sequence[str], openmoji_split: str) -> list[Part]:
-    """The parts of all ``inputs``, in order. Raises DataFileError for an input that is none of the kinds."""
-    by_suffix = {".jsonl": jsonl_parts, ".tar": tar_parts, ".parquet": parquet_parts}
+def find_parts(inputs: Sequence[str], openmoji_split: str, open_tars: bool = True) -> list[Part]:
+    """The parts of all ``inputs``, in order. Raises DataFileError for an input that is none of the kinds.
+
+    open_tars: also for a .tar file that is none; a task of many opens those of its share alone.
+    """
+    by_suffix = {".jsonl": jsonl_parts, ".tar": lambda path: [TarPart(str(path))], ".parquet": parquet_parts}
     parts: list[Part] = []
     for text in inputs:
         path = Path(text)
@@ -52,6 +55,8 @@ def find_parts(inputs: Sequence[str], openmoji_split: str) -> list[Part]:
             parts += by_suffix[path.suffix](path)
         else:
             raise DataFileError(text, "not an input that this tool knows", f"Pass {KINDS}")
+    if open_tars:
+        check_tars(parts)
     return parts
 
 
@@ -80,6 +85,7 @@ class FolderPart:
             try:
                 caption = decode_caption(Path(self.source, _caption_file(name)).read_bytes())
             except OSError as error:
+                raise_if_transient(os.path.join(self.source, _caption_file(name)), error)
                 yield Refused(name, f"no caption: {Path(_caption_file(name)).name}: {error.strerror}")
             except ValueError as error:
                 yield Refused(name, str(error))
@@ -136,7 +142,7 @@ class JsonlPart:
                 yield Sample(name, caption, functools.partial(_decode_file, path))
 
     def _read(self) -> bytes:
-        with open(self.path, "rb") as file:
+        with storage_errors(self.path), open(self.path, "rb") as file:
             file.seek(self.start)
             return file.read(self.end - self.start)
 

@@ -1,8 +1,10 @@
 """Small token stores for the tests of the data part."""
 
 import importlib.util
+import resource
 import struct
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -110,3 +112,19 @@ def command_line(monkeypatch):
 
     yield call
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def few_files():
+    """A context in which this process can open no file: storage that is at its limit."""
+
+    @contextmanager
+    def limit():
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    return limit

@@ -26,7 +26,8 @@ from captioned_images import (
 )
 from source_layouts import png
 
-from megat2i.data.array_job import shard_prefixes, share_of, write_once, write_share
+from megat2i.data.array_job import _remove_leftovers, shard_prefixes, share_of, write_once, write_share
+from megat2i.data.encode_part import encode_part
 from megat2i.data.indexed import IndexedDataset
 from megat2i.data.manifest import Manifest
 from megat2i.data.merge import merge_datasets
@@ -107,20 +108,29 @@ def test_every_shard_is_a_finished_dataset_and_ledgers_and_counts_add_up(tmp_pat
     assert sum(one.codebook.counts.sum() for one in done) == 40
 
 
-@pytest.mark.parametrize("fault", ["missing", ".bin", ".idx", ".json"])
+@pytest.mark.parametrize("fault", ["missing", ".bin", ".idx", ".json", "no ledger"])
 def test_a_missing_or_damaged_shard_is_refused_without_a_trace(tmp_path, encoding, parts, fault):
     folder = tmp_path / "out" / "train.shards"
     write_share(parts, tmp_path / "out" / "train", encoding, 1, 0, 1)
-    path = folder / f"000001{'.json' if fault == 'missing' else fault}"
+    path = folder / f"000001{ {'missing': '.json', 'no ledger': '.ledger.jsonl'}.get(fault, fault) }"
     content = path.read_bytes()
     path.unlink()
-    if fault != "missing":
+    if fault not in ("missing", "no ledger"):
         path.write_bytes(content[:30] + bytes([content[30] ^ 1]) + content[31:])
     with pytest.raises(DataFileError, match="000001"):
         merge_datasets(shard_prefixes(folder), tmp_path / "out" / "train", overwrite=False)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.shards"]
     write_share(parts, tmp_path / "out" / "train", encoding, 1, 0, 1)  # the remedy: the task again
     assert path.read_bytes() == content
+
+
+def test_a_manifest_declares_ledger_and_counts_too(tmp_path, encoding, parts):
+    """The worker writes them before: a task killed right after the manifest loses no refused sample."""
+    encode_part(parts[0], tmp_path / "000000", encoding, lambda _: None)
+    names = ("000000.ledger.jsonl", "000000.codebook.json", "000000.json")
+    ledger, codebook, manifest = (tmp_path / name for name in names)
+    assert json.loads(ledger.read_text())["sample"] == "line 2: 0001.png"
+    assert max(ledger.stat().st_mtime_ns, codebook.stat().st_mtime_ns) < manifest.stat().st_mtime_ns
 
 
 def test_a_share_that_another_task_is_writing_is_refused(tmp_path, encoding, parts):
@@ -150,6 +160,15 @@ def test_temporary_files_of_a_killed_task_go_those_of_others_stay(tmp_path, enco
         (folder / name).touch()
     write_share(parts, tmp_path / "out" / "train", encoding, 1, 1, 3)
     assert sorted(path.name for path in folder.glob("*.tmp")) == [names[0], names[2]]
+
+
+def test_leftovers_belong_to_the_whole_number_of_their_shard(tmp_path):
+    for name in ("100000.bin.7-ab.tmp", "1000000.bin.7-ab.tmp", "1000001.bin.7-ab.tmp"):
+        (tmp_path / name).touch()
+    _remove_leftovers(tmp_path, range(100_000, 100_001))
+    assert len(list(tmp_path.iterdir())) == 2
+    _remove_leftovers(tmp_path, range(1_000_000, 1_000_001))
+    assert [path.name for path in tmp_path.iterdir()] == ["1000001.bin.7-ab.tmp"]
 
 
 def test_shares_are_disjoint_and_complete():
@@ -195,7 +214,7 @@ def test_a_parquet_file_is_one_shard(tmp_path, monkeypatch):
         (
             (3, 3, 9, 2),
             [],
-            "the task ids of this array, 3 to 9, are not 2 in a row: pass --shard-index and --num-shards",
+            "the task ids of this array, 3 to 9, are not 2 in a row: pass --num-shards",
         ),
         (None, ["--shard-index", 1], "--shard-index and --num-shards go together"),
         (None, ["--shard-index", 2, "--num-shards", 2], "--shard-index is 2, expected 0 to 1"),
@@ -232,3 +251,20 @@ def test_tokenizers_of_a_job_are_copied_beside_it_once(tmp_path, encoding, comma
     (out / "text_tokenizer.json").write_text("{}")
     with pytest.raises(SystemExit, match="there is another file of this name, and datasets may depend on it"):
         command_line(*task, *files, "--output-prefix", out / "valid")
+
+
+def test_one_task_of_an_array_does_its_own_share_and_opens_no_other_tar(
+    tmp_path, encoding, command_line, monkeypatch, capsys
+):
+    tars = write_shards(tmp_path / "in", 3, 2)
+    tars[0].write_bytes(b"not a tar")
+    for name, value in zip(("ID", "MIN", "MAX", "COUNT"), (2, 2, 2, 1), strict=True):  # sbatch --array=2
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    files = ("--text-tokenizer", encoding.text_tokenizer, "--image-tokenizer", encoding.image_tokenizer)
+    task = ("--input", *tars, "--output-prefix", tmp_path / "out" / "train", *files, "--workers", 1, "--num-shards", 3)
+    command_line(*task)
+    assert "task 2 of 3: shards 2 to 2 of 3: 2 captioned images" in capsys.readouterr().out
+    with pytest.raises(DataFileError, match="--shard-index 0 --num-shards 3; --shard-index 1 --num-shards 3$"):
+        shard_prefixes(tmp_path / "out" / "train.shards")
+    with pytest.raises(SystemExit, match="0.tar: not a readable tar archive"):
+        command_line(*task, "--shard-index", 0)

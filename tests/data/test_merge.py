@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from captioned_images import locked
 
 from megat2i.data.codebook_use import CodebookUse
 from megat2i.data.indexed import IndexedDataset, IndexedWriter
@@ -161,6 +162,54 @@ def test_merged_manifest_ledger_and_counts(tmp_path, write_store, make_documents
         merge_datasets([output], output, overwrite=True)
     merge_datasets(prefixes[:1], output, overwrite=True)
     assert IndexedDataset(output).number_of_documents == 4
+
+
+def test_an_input_is_never_the_output_whatever_it_is_called(tmp_path, write_store, make_documents, monkeypatch):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "link").symlink_to("d")
+    for name in "ab":
+        write_store(tmp_path / "d" / name, make_documents(3), manifest=True)
+    before = Path(tmp_path / "d" / "a.json").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    for same in ("d/a", "link/a", f"{tmp_path}/d/../d/a"):
+        with pytest.raises(DataFileError, match="is also one of the datasets to merge"):
+            merge_datasets([tmp_path / "d" / "a", tmp_path / "d" / "b"], Path(same), overwrite=True)
+        assert (tmp_path / "d" / "a.json").read_bytes() == before
+
+
+def test_a_merge_that_fails_leaves_the_old_dataset_whole(tmp_path, write_store, make_documents):
+    for number, name in enumerate(("a", "b", "out")):
+        write_store(tmp_path / name, make_documents(3, number), manifest=True)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("out.*")}
+    data = (tmp_path / "b.bin").read_bytes()
+    (tmp_path / "b.bin").write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    with pytest.raises(DataFileError, match=r"b\.bin: bytes 0 to"):
+        merge_datasets([tmp_path / "a", tmp_path / "b"], tmp_path / "out", overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("out*")} == before
+    (tmp_path / "b.bin").write_bytes(data)
+    merge_datasets([tmp_path / "a", tmp_path / "b"], tmp_path / "out", overwrite=True).verify(tmp_path / "out")
+
+
+def test_merges_exclude_each_other_and_remove_what_killed_ones_left(tmp_path, write_store, make_documents):
+    write_store(tmp_path / "a", make_documents(3), manifest=True)
+    stray = tmp_path / "out.bin.7-ab.tmp"
+    stray.touch()
+    with locked(tmp_path / "out.parts"), pytest.raises(DataFileError, match="another run is writing this dataset"):
+        merge_datasets([tmp_path / "a"], tmp_path / "out", overwrite=False)
+    assert stray.exists()
+    merge_datasets([tmp_path / "a"], tmp_path / "out", overwrite=False)
+    assert not stray.exists() and not (tmp_path / "out.parts").exists()
+
+
+def test_a_full_disk_is_one_error_that_names_the_file(tmp_path, store, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.copy_file_range", full)
+    monkeypatch.setattr("os.sendfile", full)
+    with pytest.raises(DataFileError, match=r"out\.bin: the storage failed .No space.* Free space"):
+        merge([store], tmp_path / "out", len)
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize("cross", [False, True])

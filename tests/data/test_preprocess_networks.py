@@ -1,6 +1,7 @@
 """Preprocessing with a network: the same codes as by hand, what the manifest says, lower precision, codebook use."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,6 +166,23 @@ def test_the_tool_from_a_published_file_to_a_second_dataset(tmp_path, checkpoint
     assert (out / "train.bin").read_bytes() == (out / "valid.bin").read_bytes()
     with pytest.raises(SystemExit, match="there is another tokenizer, and datasets may depend on it"):
         command_line(*common, "--output-prefix", out / "more", *files[:2], *network)
+
+
+def test_tasks_of_an_array_write_their_network_once(tmp_path, encoding, checkpoint, command_line, monkeypatch):
+    """A rename would put the file of a slower task in the place of that which the others have open."""
+    out = tmp_path / "out"
+    out.mkdir()
+    strays = [out / f"image_tokenizer.safetensors.{name}.tmp" for name in ("old", "new")]
+    for stray in strays:
+        stray.touch()
+    os.utime(strays[0], times=(0, 0))
+    real, renamed = os.replace, []
+    monkeypatch.setattr(os, "replace", lambda *names: (renamed.append(Path(names[1])), real(*names)))
+    task = ("--input", write_images(tmp_path / "in", 2), "--workers", 1, "--shard-index", 0, "--num-shards", 1)
+    network = ("--image-tokenizer", "movqgan", "--image-checkpoint", checkpoint, "--image-size", 32)
+    command_line(*task, "--output-prefix", out / "train", "--text-tokenizer", encoding.text_tokenizer, *network)
+    assert (out / "image_tokenizer.safetensors").exists() and out / "image_tokenizer.safetensors" not in renamed
+    assert [stray.exists() for stray in strays] == [False, True]
 
 
 @pytest.mark.parametrize(

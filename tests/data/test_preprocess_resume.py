@@ -1,5 +1,6 @@
 """Interrupted and repeated runs: nothing half-done looks complete, nothing stale is kept, nothing replaced unasked."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from captioned_images import (
 )
 
 import megat2i.data.encoders as engine
+import megat2i.data.merge as merging
 from megat2i.data.encode_part import Encoding
 from megat2i.data.indexed import IndexedDataset
 from megat2i.data.manifest import Manifest
@@ -156,3 +158,41 @@ def test_two_runs_on_one_prefix_do_not_mix(tmp_path, encoding):
     with locked(Path(f"{prefix}.parts")), pytest.raises(DataFileError, match="another run is writing this dataset"):
         run(source, prefix, encoding)
     run(source, prefix, encoding)
+
+
+def test_a_dataset_that_another_run_finished_before_the_lock_is_kept(tmp_path, encoding, monkeypatch):
+    source, other, prefix = write_images(tmp_path / "in", 6), tmp_path / "other" / "train", tmp_path / "out" / "train"
+    run(source, other, encoding)
+    real = merging.only_run
+
+    def only_run(folder):
+        for suffix, content in output_bytes(other).items():
+            Path(f"{prefix}{suffix}").write_bytes(content)
+        before.update(output_bytes(prefix))
+        return real(folder)
+
+    before = {}
+    monkeypatch.setattr(merging, "only_run", only_run)
+    with pytest.raises(DataFileError, match="there is a complete dataset"):
+        run(source, prefix, encoding)
+    assert output_bytes(prefix) == before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_folder_of_parts_is_removed_when_its_lock_is_closed(tmp_path, encoding, monkeypatch, fails):
+    """NFS renames what is removed while it is open, and the folder is then not empty: no reason to fail."""
+    real, removed = Path.rmdir, []
+
+    def rmdir(path):
+        held = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+        assert not [file for file in held if file.startswith(f"{path}/lock")]
+        removed.append(path)
+        if fails:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        real(path)
+
+    monkeypatch.setattr(Path, "rmdir", rmdir)
+    prefix = tmp_path / "out" / "train"
+    run(write_images(tmp_path / "in", 6), prefix, encoding)
+    assert removed == [tmp_path / "out" / "train.parts"]
+    assert [list(path.iterdir()) for path in prefix.parent.glob("*.parts")] == ([[]] if fails else [])

@@ -1,6 +1,8 @@
 """Tar shards and Parquet files: whole parts, hostile members refused, damage reported, nothing extracted."""
 
+import errno
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -16,9 +18,11 @@ from source_layouts import (
     write_tar,
 )
 
+from megat2i.data import shards
 from megat2i.data.images import UnreadableImage
 from megat2i.data.samples import Refused, Sample
 from megat2i.data.sources import find_parts
+from megat2i.files import DataFileError
 
 
 def test_parquet_parts_are_whole_row_groups(tmp_path, monkeypatch):
@@ -158,3 +162,49 @@ def test_damaged_parquet_pages_are_one_ledger_line(tmp_path):
     path.write_bytes(content)
     found = reasons([str(path)])
     assert found and all("damaged here" in reason for reason in found.values())
+
+
+@pytest.mark.parametrize("damage", ["2,000 names", "a name of 2^45 bytes"])
+def test_headers_that_exhaust_the_reader_are_damage(tmp_path, damage):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        add(archive, "0.png", png("red"))
+        add(archive, "0.txt", b"caption")
+        end = archive.offset
+    name = tarfile.TarInfo("././@LongLink")
+    name.type, name.size = tarfile.GNUTYPE_LONGNAME, 2 if damage == "2,000 names" else 2**45
+    headers = (name.tobuf(tarfile.GNU_FORMAT) + b"a".ljust(512, bytes(1))) * 2000
+    path.write_bytes(path.read_bytes()[:end] + headers + bytes(1024))
+    captions, refused = good_before(path)
+    assert captions == ["caption"] and [one.name for one in refused] == ["after 0.txt"]
+    assert "the archive is damaged here" in refused[0].reason
+    path.write_bytes(headers)
+    with pytest.raises(DataFileError, match="not a readable tar archive"):
+        find_parts([str(path)], "train")
+
+
+@pytest.mark.parametrize("place", ["header", "caption", "image"])
+def test_storage_that_fails_while_a_tar_is_read_is_no_fault_of_the_sample(tmp_path, monkeypatch, place):
+    (part,) = find_parts([write_tar(tmp_path / "a.tar")], "train")
+
+    def fail(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    samples = part.samples()
+    if place == "image":
+        samples = [next(samples)]
+    with monkeypatch.context() as patch, pytest.raises(DataFileError, match=r"a\.tar: the storage failed .*Stale"):
+        if place == "header":
+            patch.setattr(shards._SharedFile, "read", fail)
+        else:
+            patch.setattr(os, "pread", fail)
+        for sample in samples:
+            sample.image(8)
+    assert next(part.samples()).image(8).size
+
+
+def test_tars_and_parquet_files_that_cannot_be_opened_for_now(tmp_path, few_files):
+    parts = find_parts([write_tar(tmp_path / "a.tar"), write_parquet(tmp_path / "a.parquet")], "train")
+    for part in parts:
+        with few_files(), pytest.raises(DataFileError, match="Too many open files"):
+            list(part.samples())

@@ -180,3 +180,13 @@ def test_parquet_without_the_columns_is_one_error(tmp_path):
     pq.write_table(pa.table({"image": ["path.png"], "caption": ["image is text"]}), tmp_path / "a.parquet")
     with pytest.raises(DataFileError, match=r"its columns are image \(string\), caption \(string\)"):
         find_parts([str(tmp_path / "a.parquet")], "train")
+
+
+@pytest.mark.parametrize("write", [write_folder, write_jsonl])
+def test_files_that_cannot_be_opened_for_now_are_no_ledger_entries(tmp_path, few_files, write):
+    (part,) = find_parts([write(tmp_path / "f.jsonl")], "train")
+    with few_files(), pytest.raises(DataFileError, match="Too many open files"):
+        list(part.samples())
+    sample = next(part.samples())
+    with few_files(), pytest.raises(DataFileError, match=r"\.png: the storage failed"):
+        sample.image(8)

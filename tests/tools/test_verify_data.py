@@ -1,6 +1,8 @@
 """tools/verify_data.py and tools/merge_data.py as they are started: every kind of fault is one line and status 1."""
 
 import dataclasses
+import functools
+import importlib.util
 import json
 import re
 import subprocess
@@ -77,6 +79,15 @@ def start(repository):
     return run
 
 
+@pytest.fixture
+def verify_data(repository):
+    """The tool as a module."""
+    spec = importlib.util.spec_from_file_location("verify_data", repository / "tools" / "verify_data.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def flip(path: Path, at: int) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
@@ -112,8 +123,27 @@ FAULTS = {
         lambda prefix: write_file(Path(f"{prefix}.codebook.json"), CodebookUse(np.ones(CODES, np.int64)).content()),
         "train.codebook.json: its counts are not those of the tokens",
     ),
+    "a directory for the .idx": (lambda prefix: folder_for(Path(f"{prefix}.idx")), "Is a directory: .*train.idx"),
+    "a directory for the manifest": (lambda prefix: folder_for(Path(f"{prefix}.json")), "Is a directory: .*train.json"),
+    "samples of the sources": (
+        lambda prefix: change_manifest(prefix, sources=(Source("a", 3, size=1), Source("b", 1, size=1))),
+        "train.json: sources have 4 samples, there are 5 documents",
+    ),
+    "pictures of another grid": (
+        lambda prefix: change_manifest(prefix, image=dataclasses.replace(Manifest.read(prefix).image, grid=(2, 3))),
+        "train.idx: document 0 is not a text sequence and an image of 2 x 3 codes",
+    ),
     "a broken manifest": (lambda prefix: Path(f"{prefix}.json").write_text("{}"), "train.json: format_version is None"),
 }
+
+
+def folder_for(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def change_manifest(prefix: Path, **changed) -> None:
+    dataclasses.replace(Manifest.read(prefix), **changed).write(prefix)
 
 
 def cut(path: Path) -> None:
@@ -171,3 +201,71 @@ def test_merging_by_the_command_line(start, dataset, tmp_path, tokenizers):
     assert status == 1 and "merge_data.py: error: " in errors and "image.crop is pad" in errors
     status, _, errors = start("merge_data.py", tmp_path, "--output-prefix", tmp_path / "d" / "all")
     assert status == 1 and "job.json: not a job" in errors
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ([[0, 1], [1, 0]], "train.idx: document 1 is not a text sequence and an image of 2 x 2 codes"),
+        ([[0, 1], [0, 1, 1]], "train.idx: its documents are not a text sequence and an image each"),
+        ([[0], [1, 0, 1]], "train.idx: document 1 is not a text sequence"),
+        ([None, None], "train.idx: its documents are not a text sequence"),
+    ],
+)
+def test_documents_that_are_not_captioned_images(verify_data, dataset, documents, message):
+    """Every digest and number is right; only the form of the documents is not."""
+    good = Manifest.read(dataset)
+    for suffix in (".json", ".bin", ".idx", ".codebook.json"):
+        Path(f"{dataset}{suffix}").unlink()
+    with IndexedWriter(dataset, np.uint16) as writer:
+        for modes in documents:
+            writer.add_document([np.array([1, 2, 3, 4])] * len(modes or [0, 1]), modes)
+    modes = sum((modes or [0, 0] for modes in documents), [])
+    digests = {"index_sha256": writer.digests.index_sha256, "bin_blocks": writer.digests.bin_blocks}
+    counts = TokenCounts(4 * modes.count(0), 4 * modes.count(1))
+    text = dataclasses.replace(good.text, min_id=1, max_id=4)
+    image = dataclasses.replace(good.image, **dict.fromkeys(("min_code", "max_code"), None))
+    image = dataclasses.replace(image, min_code=1, max_code=4) if 1 in modes else image
+    sources = (Source("a", 2, size=1),)
+    dataclasses.replace(
+        good, documents=2, sequences=len(modes), tokens=counts, text=text, image=image, sources=sources, **digests
+    ).write(dataset)
+    found = list(verify_data.faults(dataset, {"text": None, "image": None}))
+    assert len(found) == 1 and message in found[0]
+
+
+def test_a_missing_shard_is_one_fault_and_the_others_are_checked(start, tmp_path, tokenizers):
+    folder = tmp_path / "train.shards"
+    folder.mkdir()
+    (folder / "job.json").write_text(json.dumps({"shards": ["a.tar", "b.tar", "c.tar"]}))
+    for name in ("000000", "000002"):
+        write(folder / name, tokenizers)
+        (folder / f"{name}.ledger.jsonl").touch()
+    flip(folder / "000002.bin", 5)
+    status, lines, _ = start("verify_data.py", folder)
+    found = [line for line in lines if line.startswith("FAULT")]
+    assert status == 1 and len(found) == 2 and any(line.startswith(f"{folder}/000000: 5 documents") for line in lines)
+    assert "1 of 3 shards are not finished: 000001 (b.tar)" in found[0] and "000002.bin: bytes 0 to" in found[1]
+
+
+def test_every_tokenizer_is_read_once(verify_data, tmp_path, tokenizers, monkeypatch):
+    prefixes = [write(tmp_path / name, tokenizers) for name in "ab"]
+    (tmp_path / "link").symlink_to(tmp_path)
+    real, read = verify_data.file_sha256, []
+    monkeypatch.setattr(
+        verify_data, "digest_once", functools.cache(lambda path: (read.append(Path(path).name), real(path))[1])
+    )
+    for prefix in (*prefixes, tmp_path / "link" / "a"):
+        assert not list(verify_data.faults(prefix, {"text": None, "image": None}))
+    assert sorted(read) == ["image.safetensors", "text.json"]
+
+
+def test_a_tokenizer_of_another_grid_is_a_fault_of_the_pictures(start, dataset, tmp_path, tokenizers):
+    """Codes and manifest agree with each other: only decoding tells."""
+    (tmp_path / "one").mkdir()
+    one = write(tmp_path / "one" / "train", tokenizers)
+    change_manifest(one, image=dataclasses.replace(Manifest.read(one).image, grid=(1, 4)))
+    status, lines, _ = start("verify_data.py", one, "--grid", tmp_path / "grid.png")
+    assert status == 1 and "its grid is (2, 2), the manifest" in lines[-1]
+    status, lines, _ = start("verify_data.py", dataset, "--grid", tmp_path)
+    assert status == 1 and lines[-1].startswith("FAULT ")
