@@ -6,6 +6,7 @@ folder: without that last step a power cut loses files that were already reporte
 
 import errno
 import fcntl
+import json
 import os
 import secrets
 import shutil
@@ -155,3 +156,14 @@ def write_file(path: Path, content: bytes) -> None:
     file = PendingFile(path)
     file.write(content)
     commit([file])
+
+
+def read_json_object(path: Path, remedy: str) -> dict:
+    """The JSON object in ``path``; raises DataFileError, with ``remedy``, where there is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataFileError(path, f"not readable as JSON ({error})", remedy) from error
+    if not isinstance(content, dict):
+        raise DataFileError(path, "not a JSON object", remedy)
+    return content

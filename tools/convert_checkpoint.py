@@ -14,7 +14,6 @@ is executed.
 
 import argparse
 import dataclasses
-import json
 import shutil
 import sys
 from functools import partial
@@ -26,7 +25,7 @@ from omegaconf import OmegaConf
 from megat2i import checkpoint, config, run_folder
 from megat2i.checkpoint import CheckpointError
 from megat2i.config import Config, ConfigError, ModelConfig
-from megat2i.files import DataFileError, pending_folder
+from megat2i.files import DataFileError, pending_folder, read_json_object
 from megat2i.model import expand, huggingface, open_lm, weights
 from megat2i.model.pretrained import TOKENIZER, open_pretrained, shape_differences
 from megat2i.model.weights import TABLES, ModelWeights
@@ -103,13 +102,7 @@ def read_params(path: Path | None) -> dict | None:
     """open_lm's dictionary of parameters from a JSON file."""
     if path is None:
         return None
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataFileError(path, f"not readable as JSON ({error})", "Pass a model_config of open_lm") from error
-    if not isinstance(content, dict):
-        raise DataFileError(path, "not a JSON object", "Pass a model_config of open_lm")
-    return content
+    return read_json_object(path, "Pass a model_config of open_lm")
 
 
 def open_run(folder: Path) -> tuple[ModelWeights, Config]:

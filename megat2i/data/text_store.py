@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from megat2i.data.encode_part import UINT16_IDS
 from megat2i.data.indexed import IndexedWriter
 from megat2i.data.manifest import Manifest, Source, TextContent, TokenCounts
 from megat2i.files import DataFileError
 from megat2i.tokenizers.text import TextTokenizer
-
-UINT16_IDS = 1 << 16
 
 
 def write_text_store(texts: Iterable[str], tokenizer: TextTokenizer, prefix: Path, source: Source) -> Manifest:

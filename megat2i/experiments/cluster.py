@@ -23,8 +23,8 @@ from megat2i.planner.ranking import Planned, plan
 NODES, GPUS_A_NODE, GPU = 8, 8, "a100-80"  # [paper] 64 A100-80GB
 MARGIN = 1.25  # of the predicted time, for SLURM's limit
 ALIGNMENT_CONFIG = "configs/paper/alignment.yaml"
-STATED = ("model.pretrained", "data.mode", "training.trainable", "training.global_batch_size")
-RUN = (
+STATED_KEYS = ("model.pretrained", "data.mode", "training.trainable", "training.global_batch_size")
+STATED_VALUES = (
     ("optimizer.lr", "5e-05"), ("optimizer.lr", "0.0003"), ("training.steps", str(PAPER.steps)),
     ("training.warmup_steps", "2000"),
 )  # fmt: skip
@@ -112,7 +112,8 @@ def settings_of(arm: Arm, folder: Path, data: Path, pretrained: str) -> tuple[Co
 
 def _marked(own: dict[str, str]) -> list[str]:
     return [
-        f"{key}={value} [{'paper' if (key in STATED or (key, value) in RUN) else 'ours'}]" for key, value in own.items()
+        f"{key}={value} [{'paper' if (key in STATED_KEYS or (key, value) in STATED_VALUES) else 'ours'}]"
+        for key, value in own.items()
     ]
 
 

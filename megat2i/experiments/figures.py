@@ -32,7 +32,7 @@ from matplotlib import pyplot as plt  # noqa: E402 (after the choice of a backen
 
 COLOURS = {"pretrained": "tab:blue", "random": "tab:orange", "aligned": "tab:green"}
 SMOOTHED = f"EMA {EMA}"
-CONDITIONED, SHOWN = 3, 8  # rows and prompts of the picture grid
+SOURCES, SHOWN = 3, 8  # rows (true, pre-trained, random) and columns (prompts) of the picture grid
 plt.rcParams.update({"svg.hashsalt": "megat2i", "figure.dpi": 110, "font.size": 9})
 plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3})
 
@@ -86,7 +86,7 @@ def fig5(folder: Path, scale: Scale) -> dict:
     names = [f"{start}-{scale.seeds[0]}" for start in ("pretrained", "random")]
     listings = {name: _lines(folder / "samples" / name / "samples.jsonl") for name in names}
     reference = _lines(folder / "reference.jsonl")
-    figure, axes = plt.subplots(CONDITIONED, SHOWN, figsize=(1.4 * SHOWN, 1.6 * CONDITIONED), squeeze=False)
+    figure, axes = plt.subplots(SOURCES, SHOWN, figsize=(1.4 * SHOWN, 1.6 * SOURCES), squeeze=False)
     for column, true in enumerate(reference[:SHOWN]):
         pictures = [("true", Path(true["file"]))]
         pictures += [(name, folder / "samples" / name / listings[name][column]["file"]) for name in names]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megat2i.config import ConfigError, ModelConfig
-from megat2i.files import DataFileError
+from megat2i.files import DataFileError, read_json_object
 from megat2i.model.weights import TABLES, ModelWeights, require_sizes, sizes
 from megat2i.vocab import VocabLayout
 from megat2i.weights_file import Spec, WeightFiles, write_weights
@@ -49,7 +49,7 @@ def is_folder(folder: Path) -> bool:
 
 def load(folder: Path) -> ModelWeights:
     """Open a folder of safetensors. Raises DataFileError, and ConfigError for a model that ours cannot be."""
-    settings = _read_json(folder / CONFIG)
+    settings = read_json_object(folder / CONFIG, "Restore the original file")
     try:
         shape, rows = model_shape(settings, folder), int(settings["vocab_size"])
     except KeyError as error:
@@ -240,7 +240,7 @@ def _vocab_content(vocab: VocabLayout) -> dict:
 
 
 def _read_vocab(path: Path, rows: int) -> VocabLayout:
-    content = _read_json(path)
+    content = read_json_object(path, "Restore the original file")
     try:
         vocab = VocabLayout(content["text_tokens"], content["image_codes"])
         if content != _vocab_content(vocab):
@@ -251,16 +251,6 @@ def _read_vocab(path: Path, rows: int) -> VocabLayout:
     if sum(stop - start for start, stop in vocab.ranges) != rows:
         raise DataFileError(path, f"belongs to another model: vocab_size is {rows}", "Export the model again")
     return vocab
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataFileError(path, f"not readable as JSON ({error})", "Restore the original file") from error
-    if not isinstance(content, dict):
-        raise DataFileError(path, "not a JSON object", "Restore the original file")
-    return content
 
 
 def _write_json(path: Path, content: dict) -> None:
