@@ -73,6 +73,8 @@ def _child(rank: int, ranks: int, folder: str, writer, function: Callable, argum
     import torch.distributed as dist
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    # else a rank whose function needs no other may be gone before the others have connected to it
+    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
     try:
         store = dist.FileStore(str(Path(folder) / "store"), ranks)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
