@@ -107,9 +107,9 @@ def test_what_is_done_is_not_done_again_and_a_missing_run_is_an_error(repository
 def test_dry_run_prints_every_command_and_the_budget(repository, tmp_path):
     done = reproduce(repository, "--scale", "nano", "--dry-run", "--output", tmp_path / "nothing")
     assert done.returncode == 0 and not (tmp_path / "nothing").exists()
-    assert done.stdout.count("pretrain_t2i.py --config configs/paper/nano.yaml") == 25
-    assert done.stdout.count("align_embeddings.py --config configs/paper/nano.yaml") == 3
-    assert "| random-2 | 2,000 | 6,144,000 |" in done.stdout
+    assert done.stdout.count("pretrain_t2i.py --config configs/paper/nano.yaml") == 35
+    assert done.stdout.count("align_embeddings.py --config configs/paper/nano.yaml") == 5
+    assert "| random-4 | 1,000 | 3,072,000 |" in done.stdout
 
 
 @pytest.fixture(scope="module")
