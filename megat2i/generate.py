@@ -61,8 +61,8 @@ class Sampler:
         return Sampler(
             model,
             settings.vocab_layout,
-            load_text_tokenizer(_only_file(text)),
-            load_image_tokenizer(_only_file(image)).to(model.device),
+            load_text_tokenizer(only_file(text)),
+            load_image_tokenizer(only_file(image)).to(model.device),
             settings.data.sequence_length,
             settings.data.mode,
         )
@@ -222,7 +222,8 @@ def draw(logits: Tensor, noise: Tensor, sampling: SamplingConfig) -> Tensor:
     return found.masked_fill(~(total[:, 0] > 0), -1)
 
 
-def _only_file(folder: Path) -> Path:
+def only_file(folder: Path) -> Path:
+    """The run's tokenizer in a folder for one; raises ConfigError."""
     files = sorted(path for path in folder.glob("*") if path.is_file())
     if len(files) != 1:
         raise ConfigError(f"{folder}: expected the run's one tokenizer file, found {len(files)}")

@@ -32,7 +32,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="run folder, e.g. runs/demo")
     parser.add_argument("--prompts", nargs="*", default=[], metavar="PROMPT")
-    parser.add_argument("--prompts-file", type=Path, help="one prompt a line")
+    parser.add_argument(
+        "--prompts-file", type=Path, help="one prompt a line; .jsonl: one object a line with its prompt"
+    )
     parser.add_argument("--output", type=Path, help="folder for the images (default: RUN/samples)")
     parser.add_argument("--images-per-prompt", type=int, default=1, metavar="N", help="seeds SEED .. SEED + N - 1")
     parser.add_argument("--seed", type=int, default=0)
@@ -50,7 +52,7 @@ def main() -> None:
     arguments = parse_arguments()
     prompts = list(arguments.prompts)
     if arguments.prompts_file:
-        prompts += [line.strip() for line in arguments.prompts_file.read_text().splitlines() if line.strip()]
+        prompts += read_prompts(arguments.prompts_file)
     if not prompts:
         raise ConfigError("no prompts: give --prompts or --prompts-file")
     if arguments.images_per_prompt < 1 or arguments.batch_size < 1:
@@ -81,6 +83,18 @@ def main() -> None:
     cells = [(prompt, [image]) for (prompt, _), image in zip(jobs, first, strict=False)]
     save_png(sheet(cells, GRID_COLUMNS), output / "grid.png")
     print(f"{len(jobs)} images and grid.png in {output}")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file, in its order; raises DataFileError."""
+    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if path.suffix != ".jsonl":
+        return lines
+    try:
+        return [json.loads(line)["prompt"] for line in lines]
+    except (ValueError, KeyError, TypeError) as error:
+        remedy = 'Write one object with the key "prompt" a line'
+        raise DataFileError(path, f"a line is not an object with a prompt ({error!r})", remedy) from error
 
 
 def begin(output: Path, jobs: list[tuple[str, int]], drawn: dict) -> list[str]:

@@ -32,7 +32,7 @@ from megat2i.experiments.figures import MAKERS
 from megat2i.experiments.jobs import Job, JobError, run_jobs, seconds_of
 from megat2i.experiments.miniature import Miniature
 from megat2i.experiments.record import MissingRun, Record
-from megat2i.experiments.report import Table, write_report
+from megat2i.experiments.report import table, write_report
 from megat2i.files import DataFileError
 from megat2i.model.cost import model_parameters
 from megat2i.runtime import fast_bfloat16
@@ -78,14 +78,7 @@ def main() -> None:
     experiments = arguments.only or list(EXPERIMENTS)
     arms = arms_of(scale, experiments)
     if scale is PAPER:
-        data = data or Path("data/t2i")
-        if not arguments.report:
-            print(cluster.write_jobs(arms, folder, data, arguments.pretrained, arguments.dry_run), end="")
-        if arguments.submit:
-            cluster.submit(arms, folder)
-        if arguments.report:
-            numbers = draw(scale, folder, experiments)
-            show(write_report(folder, scale.name, numbers, [], Table(("run",), []), commits(arms, folder), []), folder)
+        reproduce_on_cluster(arguments, arms, experiments, folder, data or Path("data/t2i"))
         return
     dtype = "bfloat16" if fast_bfloat16() else "float32"
     miniature = Miniature(scale, folder, data or Path(f"data/paper-{scale.name}"), dtype)
@@ -95,7 +88,7 @@ def main() -> None:
     if arguments.dry_run:
         for command in commands:
             print(shlex.join(command))
-        print(budget(jobs, settings, folder).markdown())
+        print(budget(jobs, settings, folder))
         return
     if not arguments.report:
         miniature.prepare()
@@ -103,9 +96,25 @@ def main() -> None:
     numbers = draw(scale, folder, experiments)
     rows = [*facts(miniature, dtype), *commits(arms, folder)]
     found = write_report(
-        folder, scale.name, numbers, commands, budget(jobs, settings, folder), rows, differences(miniature, settings)
+        folder, scale, numbers, commands, budget(jobs, settings, folder), rows, differences(miniature, settings)
     )
     show(found, folder)
+
+
+def reproduce_on_cluster(
+    arguments: argparse.Namespace, arms: list[Arm], experiments: list[str], folder: Path, data: Path
+) -> None:
+    """The paper's scale: print the jobs, hand them in, or report on those that are finished."""
+    dry_run = arguments.dry_run or arguments.report
+    jobs, summary = cluster.write_jobs(arms, experiments, folder, data, arguments.pretrained, dry_run)
+    if arguments.report:
+        numbers = draw(PAPER, folder, experiments)
+        commands = [("sbatch", f"{folder}/jobs/{job.name}.sbatch") for job in jobs]
+        show(write_report(folder, PAPER, numbers, commands, f"```\n{summary}```", commits(arms, folder), []), folder)
+        return
+    print(summary, end="")
+    if arguments.submit:
+        cluster.submit(jobs, folder)
 
 
 def draw(scale, folder: Path, experiments: list[str]) -> dict[str, dict]:
@@ -129,7 +138,7 @@ def check(job: Job) -> config.Config:
     return settings
 
 
-def budget(jobs: list[Job], settings: dict[str, config.Config], folder: Path) -> Table:
+def budget(jobs: list[Job], settings: dict[str, config.Config], folder: Path) -> str:
     """Positions of every run, and the speed of those that there are records of."""
     rows, total, time = [], 0, 0.0
     for job in jobs:
@@ -148,7 +157,7 @@ def budget(jobs: list[Job], settings: dict[str, config.Config], folder: Path) ->
             speed = f"{sum(line['tokens_per_s'] for line in lines) / len(lines):,.0f}"
         rows.append((job.name, f"{job.steps:,}", f"{positions:,}", speed, shown))
     rows.append(("all", "", f"{total:,}", "", f"{time / 60:.1f}"))
-    return Table(("job", "steps", "positions", "tokens/s measured", "minutes of its last launch"), rows)
+    return table(("job", "steps", "positions", "tokens/s measured", "minutes of its last launch"), rows)
 
 
 def facts(miniature: Miniature, dtype: str) -> list[tuple[str, str]]:

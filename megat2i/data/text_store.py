@@ -1,19 +1,21 @@
 """Plain text as a token store: one stream of ids without modes, which data.mode=text_only cuts into windows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from megat2i.data.encode_part import UINT16_IDS
 from megat2i.data.indexed import IndexedWriter
-from megat2i.data.manifest import Manifest, Source, TextContent, TokenCounts
+from megat2i.data.manifest import Manifest, Source, TextContent, TokenCounts, relative_path
 from megat2i.files import DataFileError
 from megat2i.tokenizers.text import TextTokenizer
 
 
-def write_text_store(texts: Iterable[str], tokenizer: TextTokenizer, prefix: Path, source: Source) -> Manifest:
-    """Write the store ``prefix``, a document for each of ``texts``; the tokenizer's file lies in the same folder.
+def write_text_store(
+    texts: Iterable[str], tokenizer: TextTokenizer, prefix: Path, sources: Sequence[Source]
+) -> Manifest:
+    """Write the store ``prefix``, a document for each of ``texts``, from ``sources``, which are read after the texts.
 
     Raises DataFileError, also where there is no token.
     """
@@ -29,9 +31,11 @@ def write_text_store(texts: Iterable[str], tokenizer: TextTokenizer, prefix: Pat
             least = int(ids.min()) if least is None else min(least, int(ids.min()))
             largest = int(ids.max()) if largest is None else max(largest, int(ids.max()))
         if not documents:
-            raise DataFileError(prefix, f"{source.name} gives no token", "Pass a text with words")
+            raise DataFileError(
+                prefix, f"{', '.join(source.name for source in sources)}: no token", "Pass a text with words"
+            )
     content = TextContent(
-        tokenizer.vocab_size, least, largest, tokenizer.path.name, tokenizer.kind, tokenizer.sha256
+        tokenizer.vocab_size, least, largest, relative_path(tokenizer.path, prefix), tokenizer.kind, tokenizer.sha256
     )  # fmt: skip
     manifest = Manifest(
         documents=documents,
@@ -40,7 +44,7 @@ def write_text_store(texts: Iterable[str], tokenizer: TextTokenizer, prefix: Pat
         dtype=dtype.name,
         text=content,
         image=None,
-        sources=(source,),
+        sources=tuple(sources),
         index_sha256=writer.digests.index_sha256,
         bin_blocks=writer.digests.bin_blocks,
     )

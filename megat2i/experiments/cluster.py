@@ -1,19 +1,21 @@
 """The experiments at the paper's scale: a configuration and a SLURM script for every run, with predicted GPU hours.
 
 Settings that the paper states are marked [paper], the others [ours] (see configs/open_lm_1b_t2i.yaml, which all runs
-share). What follows the training (pictures, FID, text probes) is printed as commands.
+share). What follows the training (pictures, FID, text probes) is a script on one GPU each.
 """
 
 import functools
 import shlex
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megat2i import config, config_rules
 from megat2i.config import Config
-from megat2i.experiments.arms import LANGUAGE_MODEL, PAPER, Arm, is_alignment, length
-from megat2i.experiments.jobs import JobError
+from megat2i.experiments import jobs
+from megat2i.experiments.arms import EXPERIMENTS, LANGUAGE_MODEL, PAPER, Arm, is_alignment, length, twins
+from megat2i.experiments.evaluations import picture_jobs, probe_job, reference
 from megat2i.experiments.miniature import train_list
 from megat2i.files import write_file
 from megat2i.planner.hardware import GPUS
@@ -22,6 +24,9 @@ from megat2i.planner.ranking import Planned, plan
 
 NODES, GPUS_A_NODE, GPU = 8, 8, "a100-80"  # [paper] 64 A100-80GB
 MARGIN = 1.25  # of the predicted time, for SLURM's limit
+GUESSED = {"alignment": 1.0, "samples": 4.0, "fid": 1.0, "probe": 1.0}  # hours of what the planner does not know
+QUESTIONS = 1000  # of the few-shot probe
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 ALIGNMENT_CONFIG = "configs/paper/alignment.yaml"
 STATED_KEYS = ("model.pretrained", "data.mode", "training.trainable", "training.global_batch_size")
 STATED_VALUES = (
@@ -36,58 +41,112 @@ SCRIPT = """#!/bin/bash
 #SBATCH --time={limit}
 #SBATCH --output={folder}/jobs/%x-%j.log
 set -euo pipefail
+{body}
+"""
+TRAINING = """\
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=29500
 resume=()
 if [ -e {run}/config.yaml ]; then resume=(--resume); fi
-srun python {tool} --config {config} "${{resume[@]}}"
+srun python {tool} --config {config} "${{resume[@]}}"\
 """
 
 
-def write_jobs(arms: Sequence[Arm], folder: Path, data: Path, pretrained: str, dry_run: bool) -> str:
-    """Write ``configs/NAME.yaml`` and ``jobs/NAME.sbatch`` of every run; returns what there is to know of them.
+@dataclass(frozen=True)
+class ClusterJob:
+    """One sbatch script: ``body`` runs after the jobs ``needs``, on ``nodes`` with ``tasks`` GPUs each, for ``hours``.
+
+    ``tokens``, and ``settings`` beyond the shared configuration with their marks: of training.
+    """
+
+    name: str
+    body: str
+    needs: tuple[str, ...]
+    hours: float
+    nodes: int = 1
+    tasks: int = 1
+    tokens: int = 0
+    settings: tuple[str, ...] = ()
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.hours * self.nodes * self.tasks
+
+    def script(self, folder: Path) -> str:
+        limit = f"{int(self.hours * MARGIN) + 1}:00:00"
+        return SCRIPT.format(
+            name=self.name, nodes=self.nodes, tasks=self.tasks, limit=limit, folder=folder, body=self.body
+        )
+
+
+def write_jobs(
+    arms: Sequence[Arm], experiments: Sequence[str], folder: Path, data: Path, pretrained: str, dry_run: bool
+) -> tuple[list[ClusterJob], str]:
+    """Write ``configs/NAME.yaml`` of every run and ``jobs/NAME.sbatch`` of every job; returns the jobs and a summary.
 
     ``data``: folder of the datasets train, valid and text_valid. Raises ConfigError where a run could not be trained.
     """
-    lines = [f"{'run':44}{'tokens':>10}{'hours':>8}{'GPU hours':>11}  settings"]
-    total = 0.0
     for name in () if dry_run else ("configs", "jobs"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for arm in arms:
-        settings, marked = settings_of(arm, folder, data, pretrained)
-        config_rules.validate(settings, 1 if is_alignment(arm) else NODES * GPUS_A_NODE)
-        base = ALIGNMENT_CONFIG if is_alignment(arm) else PAPER.config
-        path = folder / "configs" / f"{arm.name}.yaml"
-        head = "".join(f"# {one}\n" for one in (f"{arm.name}: {base} and", *marked))
-        tokens = settings.training.steps * settings.training.global_batch_size * settings.data.sequence_length
-        hours = 1.0 if is_alignment(arm) else tokens / _speed(settings) / 3600
-        nodes, tasks = (1, 1) if is_alignment(arm) else (NODES, GPUS_A_NODE)
-        total += hours * nodes * tasks
-        script = SCRIPT.format(
-            name=arm.name, nodes=nodes, tasks=tasks, limit=f"{int(hours * MARGIN) + 1}:00:00", folder=folder,
-            run=shlex.quote(settings.run.dir), tool=arm.tool, config=shlex.quote(str(path)),
-        )  # fmt: skip
+    found = [_training(arm, folder, data, pretrained, dry_run) for arm in arms]
+    found += [_evaluation(job) for job in _evaluations(experiments, folder, data, Path(pretrained))]
+    lines = [f"{'job':44}{'tokens':>10}{'hours':>8}{'GPU hours':>11}  settings"]
+    for job in found:
         if not dry_run:
-            write_file(path, (head + config.to_yaml(settings)).encode())
-            write_file(folder / "jobs" / f"{arm.name}.sbatch", script.encode())
-        shown = f"{arm.name:44}{tokens / 1e9:9.1f}B{hours:8.1f}{hours * nodes * tasks:11,.0f}"
-        lines.append(f"{shown}  {', '.join(marked)}")
+            write_file(folder / "jobs" / f"{job.name}.sbatch", job.script(folder).encode())
+        tokens = f"{job.tokens / 1e9:.1f}B" if job.tokens else ""
+        lines.append(f"{job.name:44}{tokens:>10}{job.hours:8.1f}{job.gpu_hours:11,.0f}  {', '.join(job.settings)}")
     lines += [
         "",
-        f"{total:,.0f} GPU hours in all on {NODES * GPUS_A_NODE} x {GPU}, by the planner's prediction of the fastest "
-        "layout (tools/plan.py); the alignment's hour is a guess",
-        f"configurations: {folder}/configs, SLURM scripts: {folder}/jobs; by hand, for each of them:",
+        f"{sum(job.gpu_hours for job in found):,.0f} GPU hours in all; training on {NODES * GPUS_A_NODE} x {GPU}, by "
+        f"the planner's prediction of the fastest layout (tools/plan.py); hours of {', '.join(GUESSED)} are guesses",
+        f"configurations: {folder}/configs, SLURM scripts: {folder}/jobs; a run by hand:",
         f"  deepspeed --hostfile HOSTS pretrain_t2i.py --config {folder}/configs/NAME.yaml",
-        "then, for each twin and for prompts.txt of the 30,000 captions:",
-        f"  python tools/generate.py --run {folder}/runs/NAME --prompts-file prompts.txt "
-        f"--output {folder}/samples/NAME",
-        f"  python tools/evaluate.py fid --generated {folder}/samples/NAME --reference val2014 "
-        "--protocol coco30k/gigagan --inception pt_inception-2015-12-05-6726825d.pth "
-        f"--output {folder}/fid/NAME.json",
-        "and at last the figures of the experiments that were run:",
-        f"  python tools/reproduce_paper.py --scale paper --output {folder} --report --only fig3 fig4 fig6 fig7 sweep",
     ]
-    return "\n".join(lines) + "\n"
+    if "fig5" in experiments:
+        lines += [
+            f'Figure 5 needs {reference(folder)}, a line {{"prompt", "file"}} for each of the 30,000 captions and its '
+            f"picture, the pictures in {data}/val2014, and {data}/{INCEPTION}",
+        ]
+    chosen = "" if set(experiments) == set(EXPERIMENTS) else f" --only {' '.join(experiments)}"
+    lines += [
+        "and at last the figures and the report:",
+        f"  python tools/reproduce_paper.py --scale paper --output {folder} --report{chosen}",
+    ]
+    return found, "\n".join(lines) + "\n"
+
+
+def _training(arm: Arm, folder: Path, data: Path, pretrained: str, dry_run: bool) -> ClusterJob:
+    settings, marked = settings_of(arm, folder, data, pretrained)
+    nodes, tasks = (1, 1) if is_alignment(arm) else (NODES, GPUS_A_NODE)
+    config_rules.validate(settings, nodes * tasks)
+    path = folder / "configs" / f"{arm.name}.yaml"
+    if not dry_run:
+        base = ALIGNMENT_CONFIG if is_alignment(arm) else PAPER.config
+        head = "".join(f"# {one}\n" for one in (f"{arm.name}: {base} and", *marked))
+        write_file(path, (head + config.to_yaml(settings)).encode())
+    tokens = settings.training.steps * settings.training.global_batch_size * settings.data.sequence_length
+    hours = GUESSED["alignment"] if is_alignment(arm) else tokens / _speed(settings) / 3600
+    body = TRAINING.format(run=shlex.quote(settings.run.dir), tool=arm.tool, config=shlex.quote(str(path)))
+    needs = tuple(need for need in arm.needs if need != LANGUAGE_MODEL)  # that is the user's file
+    return ClusterJob(arm.name, body, needs, hours, nodes, tasks, tokens, tuple(marked))
+
+
+def _evaluations(experiments: Sequence[str], folder: Path, data: Path, pretrained: Path) -> list[jobs.Job]:
+    """What follows the training of the twins."""
+    found = []
+    if "fig5" in experiments:
+        protocol = ("--protocol", "coco30k/gigagan", "--inception", data / INCEPTION)
+        for arm in twins(PAPER):
+            found += picture_jobs(arm, folder, data / "val2014", *protocol)
+    if "table1" in experiments:
+        found.append(probe_job(twins(PAPER), folder, pretrained, data, QUESTIONS))
+    return found
+
+
+def _evaluation(job: jobs.Job) -> ClusterJob:
+    body = shlex.join(("srun", "python", *job.command[1:]))  # the cluster's interpreter, whichever prints this
+    return ClusterJob(job.name, body, job.needs, GUESSED[job.name.partition("-")[0]])
 
 
 def settings_of(arm: Arm, folder: Path, data: Path, pretrained: str) -> tuple[Config, list[str]]:
@@ -117,27 +176,27 @@ def _marked(own: dict[str, str]) -> list[str]:
     ]
 
 
-def submit(arms: Sequence[Arm], folder: Path) -> None:
-    """Hand every script to sbatch, each to begin after the runs that it needs; raises JobError."""
+def submit(found: Sequence[ClusterJob], folder: Path) -> None:
+    """Hand every script to sbatch, each to begin after the jobs that it needs; raises JobError."""
     numbers: dict[str, str] = {}
-    for arm in arms:
-        queued = folder / "jobs" / f"{arm.name}.submitted"
+    for job in found:
+        queued = folder / "jobs" / f"{job.name}.submitted"
         if queued.exists():
-            numbers[arm.name] = queued.read_text()
-            print(f"{arm.name}: job {numbers[arm.name]} already; to submit it again, remove {queued}")
+            numbers[job.name] = queued.read_text()
+            print(f"{job.name}: job {numbers[job.name]} already; to submit it again, remove {queued}")
             continue
-        needed = [numbers[need] for need in arm.needs if need != LANGUAGE_MODEL]
+        needed = [numbers[need] for need in job.needs]
         command = ["sbatch", "--parsable", *([f"--dependency=afterok:{':'.join(needed)}"] if needed else [])]
-        command.append(str(folder / "jobs" / f"{arm.name}.sbatch"))
+        command.append(str(folder / "jobs" / f"{job.name}.sbatch"))
         try:
             done = subprocess.run(command, capture_output=True, text=True)
         except FileNotFoundError as error:
-            raise JobError("sbatch is not there: submit from a machine of a SLURM cluster") from error
+            raise jobs.JobError("sbatch is not there: submit from a machine of a SLURM cluster") from error
         if done.returncode:
-            raise JobError(f"{shlex.join(command)}: {done.stderr.strip()}")
-        numbers[arm.name] = done.stdout.strip().split(";")[0]
-        write_file(queued, numbers[arm.name].encode())
-        print(f"{arm.name}: job {numbers[arm.name]}")
+            raise jobs.JobError(f"{shlex.join(command)}: {done.stderr.strip()}")
+        numbers[job.name] = done.stdout.strip().split(";")[0]
+        write_file(queued, numbers[job.name].encode())
+        print(f"{job.name}: job {numbers[job.name]}")
 
 
 def _speed(settings: Config) -> float:

@@ -15,7 +15,6 @@ from PIL import Image
 
 from megat2i.experiments.arms import (
     ALIGNMENT,
-    LANGUAGE_MODEL,
     POLICIES,
     Arm,
     Scale,
@@ -74,8 +73,7 @@ def table1(folder: Path, scale: Scale) -> dict:
         points = records[0].validation("ppl/text", "valid_text")
         axis.plot(*zip(*points, strict=True), "o-", markersize=3, color=COLOURS[start], label=start)
         numbers["held_out_text_perplexity"][start] = points
-    before = Record.read(folder / "runs" / LANGUAGE_MODEL).last("ppl/text")
-    axis.axhline(before, color="grey", linestyle=":", label="the language model itself")
+    axis.axhline(numbers["models"][0]["perplexity"], color="grey", linestyle=":", label="the language model itself")
     axis.set(xlabel="step of text-to-image training", ylabel="perplexity of held-out text (all ids)", yscale="log")
     axis.legend()
     return _save(folder, "table1", figure, numbers)

@@ -16,17 +16,16 @@ from megat2i.data.manifest import Manifest, Source
 from megat2i.data.openmoji import captioned_images, render
 from megat2i.data.text_store import write_text_store
 from megat2i.experiments.arms import LANGUAGE_MODEL, Arm, Scale, is_alignment, length, twins
+from megat2i.experiments.evaluations import picture_jobs, probe_job, reference, tool
 from megat2i.experiments.jobs import Job, JobError
 from megat2i.files import write_file
 from megat2i.pictures import save_png
 from megat2i.tokenizers.text import load_text_tokenizer, train_text_tokenizer
 
-PROMPTS = Path("configs/paper/prompts.txt")
 IMAGE_SIZE, PATCH_SIZE = 48, 6
 MICRO_BATCH = 32  # sequences, at most
 SMOKE_ENTRIES = 2000  # of WordNet
 DRAWN = {"nano": 2048, "smoke": 16}  # pictures of each twin; fewer make the distance biased
-TEMPERATURE = 1.0  # the distribution itself, which the distance compares
 QUESTIONS = {"nano": 1000, "smoke": 50}  # of the few-shot probe
 ALIGNED_PAIRS = {"nano": 1024, "smoke": 8}  # the paper's N
 ALIGNED_STEPS = {"nano": 400, "smoke": 10}
@@ -59,7 +58,7 @@ class Miniature:
             for name, lines in texts.items():
                 if not Manifest.read(self.data / name):
                     source = Source("WordNet 3.0", len(lines), sha256=wordnet.SHA256)
-                    write_text_store(lines, tokenizer, self.data / name, source)
+                    write_text_store(lines, tokenizer, self.data / name, [source])
         for name, command in self.picture_commands().items():
             # a tool that was stopped goes on where it was
             if not Manifest.read(self.data / name) and subprocess.run(command).returncode:
@@ -67,19 +66,18 @@ class Miniature:
         self._write_reference()
 
     def _write_reference(self) -> None:
-        """``reference/``: the true pictures; reference.jsonl and prompts.txt list them in the order of drawing."""
+        """``reference/``: the true pictures; reference.jsonl lists them in the order of drawing."""
         chosen = captioned_images("train")
         chosen = random.Random(0).sample(chosen, DRAWN[self.scale.name])
-        lines, reference = [], self.folder / "reference"
-        reference.mkdir(parents=True, exist_ok=True)
+        lines, pictures = [], self.folder / "reference"
+        pictures.mkdir(parents=True, exist_ok=True)
         for drawing in chosen:
-            path = reference / f"{drawing.name}.png"
+            path = pictures / f"{drawing.name}.png"
             if not path.exists():
                 save_png(render(drawing.characters, IMAGE_SIZE), path)
             lines.append({"prompt": drawing.caption, "file": str(path)})
         listing = "".join(json.dumps(line) + "\n" for line in lines)
-        write_file(self.folder / "reference.jsonl", listing.encode())
-        write_file(self.folder / "prompts.txt", "".join(line["prompt"] + "\n" for line in lines).encode())
+        write_file(reference(self.folder), listing.encode())
 
     def jobs(self, arms: list[Arm], experiments: list[str]) -> list[Job]:
         """Every command of ``experiments``, each before those that need it."""
@@ -87,26 +85,22 @@ class Miniature:
         for arm in arms:
             jobs.append(self._training(arm))
             if arm.name == LANGUAGE_MODEL:
-                command = self._tool("convert_checkpoint.py", "--from", "run", self._run(arm.name), self.pretrained)
+                command = tool("convert_checkpoint.py", "--from", "run", self._run(arm.name), self.pretrained)
                 jobs.append(Job("pretrained", command, self.pretrained, needs=(arm.name,)))
         if "fig5" in experiments:
-            jobs += [job for arm in twins(self.scale) for job in self._pictures(arm)]
+            protocol = ("--protocol", "nano")
+            for arm in twins(self.scale):
+                jobs += picture_jobs(arm, self.folder, self.folder / "reference", *protocol)
         if "table1" in experiments:
-            names = [LANGUAGE_MODEL, *(arm.name for arm in twins(self.scale))]
-            output = self.folder / "table1.probe.json"
-            command = self._tool(
-                "probe_text.py", "--runs", *(self._run(name) for name in names), "--tokenizer", self.tokenizer,
-                "--prompts", PROMPTS, "--wordnet", self.data / "wordnet", "--text", self.data / "text_valid",
-                "--questions", QUESTIONS[self.scale.name], "--output", output,
-            )  # fmt: skip
-            jobs.append(Job("probe", command, output, needs=tuple(names), inputs=(PROMPTS,)))
+            number = QUESTIONS[self.scale.name]
+            jobs.append(probe_job(twins(self.scale), self.folder, self.pretrained, self.data, number))
         return jobs
 
     def picture_commands(self) -> dict[str, tuple[str, ...]]:
         """The command that makes each picture store."""
 
         def preprocess(split: str, name: str, *image: str | Path) -> tuple[str, ...]:
-            return self._tool(
+            return tool(
                 "preprocess_data.py", "--input", "openmoji", "--split", split, "--output-prefix", self.data / name,
                 "--text-tokenizer", self.tokenizer, "--workers", 1, *image,
             )  # fmt: skip
@@ -155,27 +149,8 @@ class Miniature:
             f"runtime.dtype={self.dtype}",
         )
 
-    def _pictures(self, arm: Arm) -> list[Job]:
-        samples, distance = self.folder / "samples" / arm.name, self.folder / "fid" / f"{arm.name}.json"
-        draw = self._tool(
-            "generate.py", "--run", self._run(arm.name), "--prompts-file", self.folder / "prompts.txt",
-            "--output", samples, "--temperature", TEMPERATURE, "--batch-size", 64,
-        )  # fmt: skip
-        measure = self._tool(
-            "evaluate.py", "fid", "--generated", samples, "--reference", self.folder / "reference",
-            "--protocol", "nano", "--output", distance,
-        )  # fmt: skip
-        drawn = f"samples-{arm.name}"
-        return [
-            Job(drawn, draw, samples, (arm.name,), inputs=(self.folder / "prompts.txt",), goes_on=True),
-            Job(f"fid-{arm.name}", measure, distance, (drawn,)),
-        ]
-
     def _run(self, name: str) -> Path:
         return self.folder / "runs" / name
-
-    def _tool(self, name: str, *arguments) -> tuple[str, ...]:
-        return (sys.executable, f"tools/{name}", *map(str, arguments))
 
     def _setting(self, key: str) -> int:
         section, field = key.split(".")

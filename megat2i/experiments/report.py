@@ -1,14 +1,17 @@
 """report.md and report.html: each figure and table beside the paper's statement of it, with commands and verdicts.
 
-One list of blocks is rendered twice. The page needs no network: its pictures lie beside it.
+The page is the Markdown rendered; it needs no network: its pictures lie beside it.
 """
 
 import html
+import re
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import markdown
+
+from megat2i.experiments.arms import Scale
 from megat2i.experiments.claims import Claim, claims
 from megat2i.files import write_file
 
@@ -45,154 +48,99 @@ STYLE = (
 )
 
 
-@dataclass(frozen=True)
-class Heading:
-    text: str
-    level: int = 2
-
-    def markdown(self) -> str:
-        return f"{'#' * self.level} {self.text}"
-
-    def html(self) -> str:
-        return f"<h{self.level}>{html.escape(self.text)}</h{self.level}>"
+def table(head: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """A Markdown table of plain texts."""
+    lines = [head, ["---"] * len(head), *(map(plain, row) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-@dataclass(frozen=True)
-class Paragraph:
-    text: str
-    quoted: bool = False
-
-    def markdown(self) -> str:
-        return f"> {self.text}" if self.quoted else self.text
-
-    def html(self) -> str:
-        tag = "blockquote" if self.quoted else "p"
-        return f"<{tag}>{html.escape(self.text)}</{tag}>"
-
-
-@dataclass(frozen=True)
-class Figure:
-    file: str
-    text: str
-
-    def markdown(self) -> str:
-        return f"![{self.text}]({self.file})"
-
-    def html(self) -> str:
-        return f'<p><img src="{html.escape(self.file)}" alt="{html.escape(self.text)}"></p>'
-
-
-@dataclass(frozen=True)
-class Table:
-    head: Sequence[str]
-    rows: Sequence[Sequence]
-
-    def markdown(self) -> str:
-        def line(cells) -> str:
-            return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", "⏎") for cell in cells) + " |"
-
-        return "\n".join([line(self.head), "|" + "---|" * len(self.head), *map(line, self.rows)])
-
-    def html(self) -> str:
-        def line(cells, tag: str) -> str:
-            texts = (html.escape(str(cell)).replace("\n", "<br>") for cell in cells)
-            return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
-
-        return "<table>" + line(self.head, "th") + "".join(line(row, "td") for row in self.rows) + "</table>"
-
-
-@dataclass(frozen=True)
-class Code:
-    text: str
-
-    def markdown(self) -> str:
-        return f"```\n{self.text}\n```"
-
-    def html(self) -> str:
-        return f"<pre>{html.escape(self.text)}</pre>"
-
-
-Block = Heading | Paragraph | Figure | Table | Code
+def plain(value) -> str:
+    """A value as Markdown that shows just its text, on one line."""
+    text = re.sub(
+        r"[\\`*\[\]|]|(?<![^\W_])_|_(?![^\W_])", lambda found: f"&#{ord(found[0])};", html.escape(str(value), False)
+    )
+    return text.replace("\n", "<br>")
 
 
 def write_report(
     folder: Path,
-    scale: str,
+    scale: Scale,
     numbers: dict[str, dict],
     commands: Sequence[Sequence[str]],
-    budget: Table,
+    budget: str,
     facts: Sequence[Sequence[str]],
     differences: Sequence[Sequence[str]],
 ) -> list[Claim]:
-    """Write both files and return the judged claims. ``facts``: (what, value) of data, machine, versions.
+    """Write both files and return the judged claims. ``budget``: Markdown; ``facts``: (what, value).
 
     ``differences``: (what, the paper's, here).
     """
     found = claims(numbers)
-    blocks: list[Block] = [
-        Heading("Pre-trained language models and text-to-image generation: the paper's experiments", 1),
-        Paragraph(
-            f"Figures and tables of Zhang et al. (EMNLP 2024), run at the scale '{scale}'. Curves are drawn from the "
-            f"runs' metrics.jsonl; the numbers behind each figure lie beside it as JSON. Not run: "
-            f"{', '.join(TITLES[name] for name in TITLES if name not in numbers) or 'nothing'}."
-        ),
-        Heading("Which claims hold at this scale"),
-        Table(
+    not_run = ", ".join(TITLES[name] for name in TITLES if name not in numbers) or "nothing"
+    blocks = [
+        "# Pre-trained language models and text-to-image generation: the paper's experiments",
+        f"Figures and tables of Zhang et al. (EMNLP 2024), run at the scale '{scale.name}'. Curves are drawn from the "
+        f"runs' metrics.jsonl; the numbers behind each figure lie beside it as JSON. Not run: {not_run}.",
+        "## Which claims hold at this scale",
+        table(
             ("figure", "the paper's claim", "verdict", "evidence", "rule"),
             [(c.experiment, c.statement, c.verdict, c.evidence, c.rule) for c in found],
         ),
+        "## How this differs from the paper",
+        table(("what", "the paper", "here"), differences),
     ]
-    blocks += [Heading("How this differs from the paper"), Table(("what", "the paper", "here"), differences)]
     for name, values in numbers.items():
-        blocks += [Heading(TITLES[name]), Paragraph(f"The paper: {PAPER[name]}", quoted=True)]
-        blocks += [
-            Paragraph(f"{c.verdict.capitalize()}: {c.statement} {c.evidence}.") for c in found if c.experiment == name
-        ]
-        blocks += [Figure(f"{name}.png", TITLES[name]), *TABLES.get(name, lambda values: [])(values)]
-    blocks += [Heading("Token budget"), budget, Heading("Data, machine, versions"), Table(("what", "value"), facts)]
-    blocks += [Heading("Commands"), Code("\n".join(shlex.join(command) for command in commands))]
-    write_file(folder / "report.md", ("\n\n".join(block.markdown() for block in blocks) + "\n").encode())
-    page = "".join(block.html() + "\n" for block in blocks)
+        blocks += [f"## {TITLES[name]}", f"> The paper: {plain(PAPER[name])}"]
+        for claim in (claim for claim in found if claim.experiment == name):
+            blocks.append(f"**{claim.verdict.capitalize()}:** {plain(claim.statement)} {plain(claim.evidence)}.")
+        blocks += [f"![{TITLES[name]}]({name}.png)", *TABLES.get(name, lambda values: [])(values)]
+    blocks += ["## Token budget", budget, "## Data, machine, versions", table(("what", "value"), facts)]
+    blocks += [f"## {scale.config}, which all runs share", f"```\n{Path(scale.config).read_text()}```"]
+    listed = "\n".join(shlex.join(command) for command in commands)
+    blocks += ["## Commands, each with what its run changes", f"```\n{listed}\n```"]
+    text = "\n\n".join(blocks) + "\n"
+    write_file(folder / "report.md", text.encode())
     head = '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
     head += (
         f'<meta name="viewport" content="width=device-width"><title>The paper, reproduced</title><style>{STYLE}</style>'
     )
-    write_file(folder / "report.html", f"{head}</head>\n<body>\n{page}</body></html>\n".encode())
+    page = markdown.markdown(text, extensions=["tables", "fenced_code"], output_format="html")
+    write_file(folder / "report.html", f"{head}</head>\n<body>\n{page}\n</body></html>\n".encode())
     return found
 
 
-def _completions(values: dict) -> list[Block]:
+def _completions(values: dict) -> list[str]:
     models = values["models"]
     rows = [
         (prompt, *(model["completions"][number] for model in models[:SHOWN_MODELS]))
         for number, prompt in enumerate(values["prompts"])
     ]
-    names = [f"{model['run']}, step {model['step']}" for model in models[:SHOWN_MODELS]]
+    names = [models[0]["run"], *(f"{model['run']}, step {model['step']}" for model in models[1:SHOWN_MODELS])]
     rates = [(model["run"], f"{model['perplexity']:.1f}", f"{model['accuracy']:.1%}") for model in models]
     probe = f"few-shot probe ({values['shots']} examples, {values['questions']} questions, four answers)"
     return [
-        Table(("prompt", "before: " + names[0], *(f"after: {name}" for name in names[1:])), rows),
-        Table(("model", "perplexity of held-out text, over text ids alone", probe), rates),
+        table(("prompt", "before: " + names[0], *(f"after: {name}" for name in names[1:])), rows),
+        table(("model", "perplexity of held-out text, over text ids alone", probe), rates),
     ]
 
 
-def _selective(values: dict) -> list[Block]:
+def _selective(values: dict) -> list[str]:
     losses, trained = values["held_out_image_loss"], values["trained_parameters"]
     rows = [(name, f"{trained[name]:,}", f"{losses[name]:.4f}") for name in losses]
-    return [Table(("run", "trained parameters", "held-out image loss"), rows)]
+    return [table(("run", "trained parameters", "held-out image loss"), rows)]
 
 
-def _distances(values: dict) -> list[Block]:
+def _distances(values: dict) -> list[str]:
     rows = []
     for name, result in values["results"].items():
         interval = result["interval"]
         rows.append((name, f"{result['fid']:.3f}", f"{interval['low']:.3f} to {interval['high']:.3f}"))
     result = next(iter(values["results"].values()))
     note = f"Protocol {result['protocol']}, features: {result['feature_net']}. Not comparable with published FID."
-    return [Table(("run", "distance", "95% (bootstrap)"), rows), Paragraph(note)]
+    return [table(("run", "distance", "95% (bootstrap)"), rows), plain(note)]
 
 
-def _sweep(values: dict) -> list[Block]:
+def _sweep(values: dict) -> list[str]:
     rows = [
         (
             f"{row['lr']:.2g}",
@@ -202,10 +150,10 @@ def _sweep(values: dict) -> list[Block]:
         )
         for row in values["rows"]
     ]
-    return [Table(("peak learning rate", "batch", "tokens", "held-out loss", "text", "image"), rows)]
+    return [table(("peak learning rate", "batch", "tokens", "held-out loss", "text", "image"), rows)]
 
 
-def _nearest(values: dict) -> list[Block]:
+def _nearest(values: dict) -> list[str]:
     """The most used codes with their nearest text tokens, beside the control's; word-like shares; retrieval."""
     words, found = values["word_like"][0], values["retrieval"][0]
 
@@ -220,13 +168,13 @@ def _nearest(values: dict) -> list[Block]:
         for name in WORDS[:2]
     ]
     return [
-        Table(("code", "uses", "nearest text tokens", "with shuffled captions"), nearest),
-        Table(("embeddings", "nearest token is word-like", "distinct nearest tokens"), shares),
-        Paragraph(
+        table(("code", "uses", "nearest text tokens", "with shuffled captions"), nearest),
+        table(("embeddings", "nearest token is word-like", "distinct nearest tokens"), shares),
+        plain(
             f"Of the first seed. Word-like: {words['definition']}; of the vocabulary "
             f"{words['vocabulary']['share']:.1%}. {words['note'].capitalize()}."
         ),
-        Table(("embeddings", "held-out pictures that found their caption", "chance"), pictures),
+        table(("embeddings", "held-out pictures that found their caption", "chance"), pictures),
     ]
 
 

@@ -7,7 +7,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,8 +17,11 @@ from megat2i import checkpoint, config
 from megat2i.config import ConfigError
 from megat2i.data.indexed import IndexedDataset
 from megat2i.data.wordnet import KIND, Entry
+from megat2i.generate import only_file
 from megat2i.kernels import choose_ops
+from megat2i.model import weights
 from megat2i.model.gpt import GPT
+from megat2i.model.pretrained import open_pretrained
 from megat2i.tokenizers.text import TextTokenizer, load_text_tokenizer
 
 QUESTION = "{} is a kind of"
@@ -39,25 +42,37 @@ class TextModel:
 
     model: GPT
     tokenizer: TextTokenizer
-    length: int  # positions it was trained on
+    length: int  # positions of a window, at most
     step: int
 
     @staticmethod
-    def from_run(run_dir: Path, tokenizer: Path) -> "TextModel":
-        """The newest checkpoint of a run, in float32 on the CPU. Raises ConfigError."""
+    def from_run(run_dir: Path, device: torch.device) -> "TextModel":
+        """The newest checkpoint of a run, in float32, with the run's text tokenizer. Raises ConfigError."""
         settings = config.load(run_dir / "config.yaml")
         found = checkpoint.latest_here(run_dir / "checkpoints")
         if found is None:
             raise ConfigError(f"{run_dir}/checkpoints: no sound checkpoint; train the run to its first checkpoint")
-        device, dtype = torch.device("cpu"), torch.float32
+        dtype = torch.float32
         model = GPT.empty(settings.model, settings.vocab_layout, choose_ops(device, dtype), device, dtype)
         model.requires_grad_(False)
         checkpoint.load_weights(found, model)
-        return TextModel(model, load_text_tokenizer(tokenizer), settings.data.sequence_length, found.step)
+        tokenizer = load_text_tokenizer(only_file(run_dir / "tokenizers" / "text"))
+        return TextModel(model, tokenizer, settings.data.sequence_length, found.step)
+
+    def beginning_from(self, folder: Path) -> "TextModel":
+        """The pre-trained model in ``folder``, as ``model.pretrained`` takes it, with this model's text and windows.
+
+        Raises DataFileError.
+        """
+        source, device = open_pretrained(folder), self.model.device
+        ranges = ((0, source.rows),) if source.vocab is None else source.vocab.ranges
+        model = GPT(source.shape, source.rows, ranges, choose_ops(device, torch.float32)).to(device)
+        weights.fill(model.requires_grad_(False), source.read)
+        return replace(self, model=model, step=0)
 
     def _logits(self, tokens: Tensor) -> Tensor:
-        """Of text ids alone: [B, S, text ids] after ``tokens`` [B, S]."""
-        return self.model.logits(tokens)[..., : self.tokenizer.vocab_size]
+        """Of text ids alone, on the CPU: [B, S, text ids] after ``tokens`` [B, S]."""
+        return self.model.logits(tokens.to(self.model.device))[..., : self.tokenizer.vocab_size].cpu()
 
     @torch.no_grad()
     def complete(self, prompt: str, tokens: int) -> str:

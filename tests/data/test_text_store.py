@@ -19,7 +19,7 @@ def tokenizer(tmp_path):
 
 
 def test_windows_hold_the_stream(tokenizer, tmp_path):
-    written = write_text_store([*LINES, ""], tokenizer, tmp_path / "text", Source("numbers", 51, sha256="0" * 64))
+    written = write_text_store([*LINES, ""], tokenizer, tmp_path / "text", [Source("numbers", 51, sha256="0" * 64)])
     stream = np.array([token for line in LINES for token in tokenizer.encode([line])[0]])
     dataset = T2IDataset(tmp_path / "text", VocabLayout(tokenizer.vocab_size, 16), 16, mode="text_only")
     assert len(dataset) == (len(stream) - 1) // 16
@@ -32,6 +32,6 @@ def test_windows_hold_the_stream(tokenizer, tmp_path):
 
 
 def test_no_text_is_refused(tokenizer, tmp_path):
-    with pytest.raises(DataFileError, match="nothing gives no token"):
-        write_text_store(["", ""], tokenizer, tmp_path / "text", Source("nothing", 2, sha256="0" * 64))
+    with pytest.raises(DataFileError, match="nothing: no token"):
+        write_text_store(["", ""], tokenizer, tmp_path / "text", [Source("nothing", 2, sha256="0" * 64)])
     assert not (tmp_path / "text.bin").exists()

@@ -54,7 +54,7 @@ def test_perplexity_is_over_text_ids_alone(trained, tmp_path):
     """Image rows that would take all probability do not count; and text of the rule is easier than other text."""
 
     def store(name: str, lines: list[str]) -> IndexedDataset:
-        write_text_store(lines, trained.tokenizer, tmp_path / name, Source(name, len(lines), sha256="0" * 64))
+        write_text_store(lines, trained.tokenizer, tmp_path / name, [Source(name, len(lines), sha256="0" * 64)])
         return IndexedDataset(tmp_path / name)
 
     known = trained.perplexity(store("known", [LINE] * 9), 1)

@@ -128,8 +128,14 @@ def test_the_papers_scale_is_a_config_and_a_script_for_every_run(paper):
         settings = config.load(folder / "configs" / f"{name}.yaml")
         config_rules.validate(settings, 64)
         assert (settings.model.hidden, settings.vocab.image_codes, settings.optimizer.beta2) == (2048, 16_384, 0.95)
-    for script in (folder / "jobs").glob("*.sbatch"):
-        assert subprocess.run(["bash", "-n", script]).returncode == 0
+    scripts = {path.stem: path.read_text() for path in (folder / "jobs").glob("*.sbatch")}
+    measured = {f"{what}-{start}-0" for what in ("samples", "fid") for start in ("pretrained", "random")}
+    assert scripts.keys() == names | measured | {"probe"}
+    for name, script in scripts.items():
+        assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+        assert f"--gpus-per-node={1 if name in {*measured, 'probe', 'alignment-0'} else 8}\n" in script
+    assert f"--pretrained pretrained/open_lm_1b --runs {folder}/runs/pretrained-0" in scripts["probe"]
+    assert "srun python tools/evaluate.py fid" in scripts["fid-random-0"] and "coco30k" in scripts["fid-random-0"]
     assert re.search(r"^random-0 +100\.0B +\d+\.\d +1,\d{3} ", printed, re.MULTILINE)
     assert "model.pretrained=pretrained/open_lm_1b [paper]" in printed and "seed=0 [ours]" in printed
 
