@@ -170,12 +170,22 @@ def saver(rank: int, store: Path, folder: Path, first: int, acknowledged: Path) 
             Path(f"{acknowledged}.{rank}").write_text(f"{step - 1}.")
 
 
-def kill_a_pair(generator: random.Random, *arguments) -> None:
-    """Start two savers and kill them at a random moment: at once, or one of them first."""
+def acknowledged_step(acknowledged: Path) -> int:
+    """The newest step that one of the savers knew to be safe."""
+    texts = [file.read_text() for file in acknowledged.parent.glob(f"{acknowledged.name}.*")]
+    return max((int(text[:-1]) for text in texts if text.endswith(".")), default=0)
+
+
+def kill_a_pair(generator: random.Random, store: Path, folder: Path, first: int, acknowledged: Path) -> None:
+    """Start two savers and kill them in the midst of a save, some saves later: at once, or one of them first."""
+    arguments = (store, folder, first, acknowledged)
     processes = [multiprocessing.get_context("fork").Process(target=saver, args=(r, *arguments)) for r in (0, 1)]
     for process in processes:
         process.start()
-    time.sleep(generator.uniform(0.1, 0.5))
+    kill_at, deadline = generator.choice([0, first + 1, first + 2, first + 4]), time.monotonic() + 30
+    while acknowledged_step(acknowledged) < kill_at and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(generator.uniform(0.0, 0.05))
     generator.shuffle(processes)
     assert all(process.is_alive() for process in processes), "a saver ended by itself"
     processes[0].kill()
@@ -200,10 +210,7 @@ def test_kills_never_cost_an_acknowledged_step_nor_mix_two(tmp_path, kills):
     for trial in range(kills):
         acknowledged = tmp_path / f"acknowledged-{trial}"
         kill_a_pair(generator, tmp_path / f"store-{trial}", folder, newest_step + 1, acknowledged)
-        promised = newest_step
-        for file in tmp_path.glob(f"{acknowledged.name}.*"):
-            text = file.read_text()
-            promised = max(promised, int(text[:-1]) if text.endswith(".") else 0)
+        promised = max(newest_step, acknowledged_step(acknowledged))
         newest_step, before = run_ranks(2, check, promised)[0], newest_step
         saves += newest_step - before
     assert saves > 2 * kills, "too few saves between the kills to mean anything"

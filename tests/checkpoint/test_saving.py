@@ -81,6 +81,10 @@ def test_kills_while_saving_never_cost_an_acknowledged_checkpoint(tmp_path):
             with open(acknowledged, "w") as file:
                 file.write(f"{number}.")
 
+    def acknowledged_step():
+        text = acknowledged.read_text() if acknowledged.exists() else ""
+        return int(text[:-1]) if text.endswith(".") else 0
+
     def check(promised):
         lines = []
         found = checkpoint.latest(folder, lines.append)
@@ -96,12 +100,15 @@ def test_kills_while_saving_never_cost_an_acknowledged_checkpoint(tmp_path):
                 saver(step + 1)
             finally:
                 os._exit(1)
-        time.sleep(generator.uniform(0.02, 0.15))
+        kill_at = step + generator.choice([0, 1, 2, 4])  # a save under way, however slow the machine is
+        deadline = time.monotonic() + 20
+        while acknowledged_step() < kill_at and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0.0, 0.02))
         os.kill(process, signal.SIGKILL)
         assert os.waitpid(process, 0)[1] == signal.SIGKILL, "the saver ended by itself"
         kills += 1
-        text = acknowledged.read_text() if acknowledged.exists() else ""
-        promised = int(text.removesuffix(".")) if text.endswith(".") else step
+        promised = max(step, acknowledged_step())
         if promised:
             step = run_ranks(1, check, promised)[0]
     assert step > 30, "too few saves between the kills to mean anything"

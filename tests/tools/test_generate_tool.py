@@ -57,6 +57,18 @@ def test_every_line_of_the_file_is_drawn(whole):
     assert len({line["weights_sha256"] for line in lines}) == 1
 
 
+def test_prompts_from_objects(repository, run, whole, tmp_path):
+    """A .jsonl file of prompts, as the paper's reference.jsonl; its other keys do not matter."""
+    listing = tmp_path / "reference.jsonl"
+    listing.write_text("".join(json.dumps({"prompt": prompt, "file": "x.png"}) + "\n" for prompt in PROMPTS))
+    finish(start(repository, run, tmp_path / "out", "--prompts-file", listing))
+    assert (tmp_path / "out/samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    listing.write_text('{"file": "x.png"}\n')
+    process = start(repository, run, tmp_path / "refused", "--prompts-file", listing)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "reference.jsonl: a line is not an object with a prompt (KeyError" in err
+
+
 def test_a_killed_call_goes_on(repository, run, whole, tmp_path):
     process = start(repository, run, tmp_path / "out")
     while len(images(tmp_path / "out")) < 3 and process.poll() is None:
