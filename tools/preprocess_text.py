@@ -70,6 +70,7 @@ def _texts(path: Path) -> Iterator[str]:
 def _text(entry: dict) -> str:
     if not isinstance(entry["text"], str):
         raise TypeError("text is not a string")
+    entry["text"].encode()  # a lone surrogate, which JSON can hold, is an error here and not in the tokenizer
     return entry["text"]
 
 

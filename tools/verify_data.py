@@ -17,17 +17,15 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from megat2i.data.array_job import finished_shards
 from megat2i.data.codebook_use import CodebookUse, token_blocks
 from megat2i.data.indexed import IndexedDataset
 from megat2i.data.manifest import Manifest, TokenCounts, digest_file
+from megat2i.data.stored_pictures import stored_pictures
 from megat2i.files import DataFileError, store_path
 from megat2i.pictures import save_png, sheet
-from megat2i.tokenizers.image import load_image_tokenizer
-from megat2i.tokenizers.text import load_text_tokenizer
 from megat2i.vocab import IMAGE, TEXT
 from megat2i.weights_file import file_sha256
 
@@ -175,17 +173,9 @@ def draw(prefixes: list[Path], given: dict[str, Path | None], samples: int, path
         manifest = Manifest.read(prefix)
         if not share or manifest is None or not manifest.documents or None in (manifest.text, manifest.image):
             continue
-        files = [given[name] or prefix.parent / getattr(manifest, name).tokenizer for name in GIVEN]
-        text, image = load_text_tokenizer(files[0]), load_image_tokenizer(files[1])
-        if image.grid != manifest.image.grid:
-            problem = f"its grid is {image.grid}, the manifest of {prefix} says {manifest.image.grid}"
-            raise DataFileError(files[1], problem, "Write the dataset again")
-        store = IndexedDataset(prefix)
-        share = min(share, store.number_of_documents)
-        for document in (i * store.number_of_documents // share for i in range(share)):
-            caption, codes = (store.sequence(sequence) for sequence in store.document(document))
-            picture = image.decode(torch.from_numpy(codes.astype(np.int64))[None])[0]
-            cells.append((text.decode(caption.tolist()), [picture.cpu().numpy()]))
+        share = min(share, manifest.documents)
+        documents = (i * manifest.documents // share for i in range(share))
+        cells += [(text, [picture]) for text, picture in stored_pictures(prefix, documents, *map(given.get, GIVEN))]
     if not cells:
         raise DataFileError(path, "there is no captioned image to draw", "Pass a dataset with a manifest")
     save_png(sheet(cells, columns=min(8, len(cells))), path)

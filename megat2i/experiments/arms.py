@@ -4,7 +4,9 @@ A run differs from the shared configuration of its scale by what its experiment 
 those of the run folders; ``EXPERIMENTS`` says which runs a figure or table is made from.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from megat2i import config
 
 LANGUAGE_MODEL = "language-model"  # its run; the weights that others begin with are the job "pretrained"
 ALIGNMENT = "alignment"
@@ -89,10 +91,25 @@ SMOKE = Scale(
         "vocab.text_tokens=512", "vocab.image_codes=64", "model.hidden=32", "model.layers=4", "model.heads=2",
         "model.ffn=64", "data.sequence_length=128", "training.micro_batch_size=4", "training.global_batch_size=4",
         "training.warmup_steps=2", "training.evaluate_every=5", "training.evaluate_samples=8",
-        "training.checkpoint_every=5",
+        "training.checkpoint_every=5", "training.steps=10",
     ),
 )  # fmt: skip
 SCALES = {scale.name: scale for scale in (PAPER, NANO, SMOKE)}
+
+
+def adapted(scale: Scale, file: str) -> Scale:
+    """``scale`` with another configuration: its steps, batch and learning rate, and the sweep in proportion."""
+    settings = config.load(file, list(scale.settings))
+    batch, peak = settings.training.global_batch_size, settings.optimizer.lr
+    return replace(
+        scale,
+        config=file,
+        steps=settings.training.steps,
+        batch=batch,
+        peak_lr=peak,
+        sweep_lr=tuple(float(f"{rate * peak / scale.peak_lr:.2g}") for rate in scale.sweep_lr),
+        sweep_batch=tuple(max(1, one * batch // scale.batch) for one in scale.sweep_batch),
+    )
 
 
 def twins(scale: Scale) -> list[Arm]:

@@ -73,7 +73,12 @@ def table1(folder: Path, scale: Scale) -> dict:
         points = records[0].validation("ppl/text", "valid_text")
         axis.plot(*zip(*points, strict=True), "o-", markersize=3, color=COLOURS[start], label=start)
         numbers["held_out_text_perplexity"][start] = points
-    axis.axhline(numbers["models"][0]["perplexity"], color="grey", linestyle=":", label="the language model itself")
+    axis.axhline(
+        numbers["models"][0]["perplexity"],
+        color="grey",
+        linestyle=":",
+        label="the language model itself, text ids alone",
+    )
     axis.set(xlabel="step of text-to-image training", ylabel="perplexity of held-out text (all ids)", yscale="log")
     axis.legend()
     return _save(folder, "table1", figure, numbers)

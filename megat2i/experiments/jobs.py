@@ -101,6 +101,13 @@ def run_jobs(jobs: Sequence[Job], folder: Path, workers: int) -> None:
             process.wait()
 
 
+def require_done(jobs: Sequence[Job], folder: Path) -> None:
+    """Raises JobError where one of ``jobs`` was not finished by ``run_jobs``, or not as it stands here."""
+    for job in jobs:
+        if not _is_done(job, folder):
+            raise JobError(f"{job.name} is not finished: run this experiment first")
+
+
 def seconds_of(job: Job, folder: Path) -> float | None:
     """How long the launch that finished ``job`` took; None where it is not finished."""
     mark = _mark(job, folder)

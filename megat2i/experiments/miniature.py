@@ -8,18 +8,24 @@ import random
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+from PIL import Image
+
 from megat2i import config
+from megat2i.config import ConfigError
 from megat2i.data import wordnet
 from megat2i.data.manifest import Manifest, Source
 from megat2i.data.openmoji import captioned_images, render
+from megat2i.data.stored_pictures import stored_pictures
 from megat2i.data.text_store import write_text_store
 from megat2i.experiments.arms import LANGUAGE_MODEL, Arm, Scale, is_alignment, length, twins
 from megat2i.experiments.evaluations import picture_jobs, probe_job, reference, tool
 from megat2i.experiments.jobs import Job, JobError
 from megat2i.files import write_file
-from megat2i.pictures import save_png
+from megat2i.pictures import enlarge, save_png
+from megat2i.pretrain import with_vocabulary
 from megat2i.tokenizers.text import load_text_tokenizer, train_text_tokenizer
 
 IMAGE_SIZE, PATCH_SIZE = 48, 6
@@ -32,12 +38,21 @@ ALIGNED_STEPS = {"nano": 400, "smoke": 10}
 
 
 class Miniature:
-    """Files and jobs of one reproduction: ``folder`` holds what comes out, ``data`` what goes in."""
+    """Files and jobs of one reproduction: ``folder`` holds what comes out, ``data`` what goes in.
+
+    Raises ConfigError where neither the configuration nor finished data say how large the vocabulary is.
+    """
 
     def __init__(self, scale: Scale, folder: Path, data: Path, dtype: str):
         self.scale, self.folder, self.data, self.dtype = scale, folder, data, dtype
         self.pretrained = folder / "pretrained"
         self.tokenizer = data / "text_tokenizer.json"
+        train = f"data.train={train_list(data / 'train')}"
+        self.shared = with_vocabulary(config.load(scale.config, [*scale.settings, train]))
+        if None in (self.shared.vocab.text_tokens, self.shared.vocab.image_codes):
+            raise ConfigError(
+                f"{scale.config}: vocab.text_tokens and vocab.image_codes say what data to make; set them"
+            )
 
     def prepare(self) -> None:
         """Make what is not there yet: text tokenizer, text and picture stores, and the true pictures of the prompts.
@@ -53,7 +68,7 @@ class Miniature:
             for entry in entries:
                 texts["text_valid" if entry.held_out else "text_train"].append(entry.text() + "\n")
             if not self.tokenizer.exists():
-                train_text_tokenizer(texts["text_train"], self._setting("vocab.text_tokens"), self.tokenizer)
+                train_text_tokenizer(texts["text_train"], self.shared.vocab.text_tokens, self.tokenizer)
             tokenizer = load_text_tokenizer(self.tokenizer)
             for name, lines in texts.items():
                 if not Manifest.read(self.data / name):
@@ -66,18 +81,26 @@ class Miniature:
         self._write_reference()
 
     def _write_reference(self) -> None:
-        """``reference/``: the true pictures; reference.jsonl lists them in the order of drawing."""
-        chosen = captioned_images("train")
-        chosen = random.Random(0).sample(chosen, DRAWN[self.scale.name])
+        """``reference/``: true pictures of training captions; reference.jsonl lists them in the order of drawing."""
         lines, pictures = [], self.folder / "reference"
         pictures.mkdir(parents=True, exist_ok=True)
-        for drawing in chosen:
-            path = pictures / f"{drawing.name}.png"
+        for number, (caption, picture) in enumerate(self._true_pictures(DRAWN[self.scale.name])):
+            path = pictures / f"{number:05d}.png"
             if not path.exists():
-                save_png(render(drawing.characters, IMAGE_SIZE), path)
-            lines.append({"prompt": drawing.caption, "file": str(path)})
-        listing = "".join(json.dumps(line) + "\n" for line in lines)
-        write_file(reference(self.folder), listing.encode())
+                save_png(picture, path)
+            lines.append({"prompt": caption, "file": str(path)})
+        write_file(reference(self.folder), "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    def _true_pictures(self, number: int) -> Iterator[tuple[str, Image.Image]]:
+        """OpenMoji's are drawn again; of other data there are the codes alone, hence what the tokenizer left."""
+        if is_openmoji(self.data):
+            for drawing in random.Random(0).sample(captioned_images("train"), number):
+                yield drawing.caption, render(drawing.characters, IMAGE_SIZE)
+            return
+        documents = Manifest.read(self.data / "train").documents
+        chosen = random.Random(0).sample(range(documents), min(number, documents))
+        for caption, picture in stored_pictures(self.data / "train", chosen):
+            yield caption, enlarge(picture, picture.shape[-1])
 
     def jobs(self, arms: list[Arm], experiments: list[str]) -> list[Job]:
         """Every command of ``experiments``, each before those that need it."""
@@ -105,7 +128,7 @@ class Miniature:
                 "--text-tokenizer", self.tokenizer, "--workers", 1, *image,
             )  # fmt: skip
 
-        codes = self._setting("vocab.image_codes")
+        codes = self.shared.vocab.image_codes
         fitted = ("--image-tokenizer", "patch", "--image-size", IMAGE_SIZE, "--patch-size", PATCH_SIZE)
         train = preprocess("train", "train", *fitted, "--codebook-size", codes)
         valid = preprocess("valid", "valid", "--image-tokenizer", self.data / "image_tokenizer.safetensors")
@@ -115,7 +138,7 @@ class Miniature:
         files = {"{pretrained}": self.pretrained}
         files |= {f"{{{need}}}": self._run(need) / "image_embeddings.safetensors" for need in arm.needs}
         settings = dict(one.split("=", 1) for one in (*self.settings(), *arm.settings))
-        settings |= length(arm, self.scale.steps, self._setting("training.warmup_steps"))
+        settings |= length(arm, self.scale.steps, self.shared.training.warmup_steps)
         if arm.name == LANGUAGE_MODEL:
             settings |= dict(one.split("=", 1) for one in arm.settings)
             settings |= {
@@ -129,7 +152,7 @@ class Miniature:
             settings |= {"training.steps": str(ALIGNED_STEPS[self.scale.name]), "data.valid_text": "null"}
         else:
             batch = int(settings.get("training.global_batch_size", self.scale.batch))
-            settings["training.micro_batch_size"] = str(min(batch, MICRO_BATCH))
+            settings["training.micro_batch_size"] = str(max(d for d in range(1, MICRO_BATCH + 1) if batch % d == 0))
         overrides = [f"{key}={files.get(value, value)}" for key, value in settings.items()]
         command = (
             sys.executable, arm.tool, "--config", self.scale.config, f"run.dir={self._run(arm.name)}", *overrides
@@ -152,9 +175,11 @@ class Miniature:
     def _run(self, name: str) -> Path:
         return self.folder / "runs" / name
 
-    def _setting(self, key: str) -> int:
-        section, field = key.split(".")
-        return getattr(getattr(config.load(self.scale.config, list(self.scale.settings)), section), field)
+
+def is_openmoji(data: Path) -> bool:
+    """Whether the pictures in this folder of datasets are the ones that are made where there are none."""
+    manifest = Manifest.read(data / "train")
+    return manifest is None or [source.name for source in manifest.sources] == ["openmoji"]
 
 
 def train_list(prefix: Path) -> str:

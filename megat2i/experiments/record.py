@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+from megat2i import config
+
 EMA = 0.95  # smoothing of plotted curves, as the paper's
 STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95% quantile of Student's t for n samples
 
@@ -24,7 +26,7 @@ class Record:
 
     @staticmethod
     def read(run_dir: Path) -> "Record":
-        """Raises MissingRun."""
+        """Raises MissingRun, also where the run has not reached its last step."""
         path = run_dir / "metrics.jsonl"
         if not path.exists():
             raise MissingRun(f"{path} is absent: run this experiment first")
@@ -34,8 +36,9 @@ class Record:
             if "split" in line:
                 splits.setdefault(line["split"], []).append(line)
         training = [line for line in lines if "split" not in line]
-        if not training:
-            raise MissingRun(f"{path} has no step: run this experiment first")
+        steps, reached = config.load(run_dir / "config.yaml").training.steps, training[-1]["step"] if training else 0
+        if reached < steps:
+            raise MissingRun(f"{path} ends at step {reached:,} of {steps:,}: run this experiment to its end")
         return Record(run_dir.name, training, splits)
 
     def tokens(self) -> list[int]:

@@ -136,7 +136,9 @@ def _distances(values: dict) -> list[str]:
         interval = result["interval"]
         rows.append((name, f"{result['fid']:.3f}", f"{interval['low']:.3f} to {interval['high']:.3f}"))
     result = next(iter(values["results"].values()))
-    note = f"Protocol {result['protocol']}, features: {result['feature_net']}. Not comparable with published FID."
+    note = f"Protocol {result['protocol']}, features: {result['feature_net']}."
+    note += "" if result["protocol"].startswith("coco30k") else " Not comparable with published FID."
+    note += "".join(f" {warning}." for warning in result.get("warnings", ()))
     return [table(("run", "distance", "95% (bootstrap)"), rows), plain(note)]
 
 

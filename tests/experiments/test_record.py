@@ -9,13 +9,14 @@ from scipy import stats
 from megat2i.experiments.record import EMA, MissingRun, Record, paired, thinned
 
 
-def write(folder, losses, splits=()):
+def write(folder, losses, splits=(), steps=None):
     lines = [
         {"step": step, "loss": loss, "tokens/text": 2, "tokens/image": 30, "tokens/special": 1}
         for step, loss in enumerate(losses, 1)
     ]
     lines += [{"step": len(losses), "split": split, "loss": value} for split, value in splits]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "config.yaml").write_text(f"training: {{steps: {steps or len(losses)}}}\n")
 
 
 def test_tokens_curve_and_validation(tmp_path):
@@ -31,8 +32,11 @@ def test_tokens_curve_and_validation(tmp_path):
 def test_what_is_missing_is_an_error(tmp_path):
     with pytest.raises(MissingRun, match="metrics.jsonl is absent"):
         Record.read(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(MissingRun, match="has no step"):
+    write(tmp_path, [], steps=10)
+    with pytest.raises(MissingRun, match="ends at step 0 of 10"):
+        Record.read(tmp_path)
+    write(tmp_path, [2.0, 1.0], [("valid", 1.5)], steps=10)
+    with pytest.raises(MissingRun, match="ends at step 2 of 10: run this experiment to its end"):
         Record.read(tmp_path)
     write(tmp_path, [1.0])
     with pytest.raises(MissingRun, match="has no validation of valid"):

@@ -50,6 +50,7 @@ def test_every_document_of_every_file(repository, corpus):
     [
         ("a.jsonl", b'{"text": "good"}\n{"caption": "x"}\n', "line 2: KeyError('text')"),
         ("a.jsonl", b'{"text": 7}\n', "line 1: TypeError('text is not a string')"),
+        ("a.jsonl", b'{"text": "x \\ud83d"}', "line 1: UnicodeEncodeError"),
         ("a.jsonl", b'{"text"', "line 1: JSONDecodeError"),
         ("a.txt", b"\xff\xfe\x00", "the file: UnicodeDecodeError"),
         ("a.txt", b"", "a.txt: no token"),

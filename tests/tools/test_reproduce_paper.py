@@ -82,7 +82,7 @@ def test_twins_differ_in_their_start_alone(smoke):
 def test_the_report_is_whole(smoke):
     folder = smoke[0]
     page, text = (folder / "report.html").read_text(), (folder / "report.md").read_text()
-    pictures = re.findall(r'<img src="([^"]+)"', page)
+    pictures = re.findall(r'<img [^>]*src="([^"]+)"', page)
     assert sorted(pictures) == sorted(f"{name}.png" for name in EXPERIMENTS) == sorted(re.findall(r"\]\((.*?)\)", text))
     assert all((folder / picture).is_file() for picture in pictures)
     assert not re.search(r'(src|href)="(https?:)?//', page)  # opens without a network
@@ -99,9 +99,16 @@ def test_what_is_done_is_not_done_again_and_a_missing_run_is_an_error(repository
     shutil.copytree(folder, tmp_path / "copy")  # another folder, hence other commands: nothing of it passes for done
     done = reproduce(repository, *arguments, "--output", tmp_path / "copy")
     assert done.returncode == 1 and "was done with other command" in done.stderr
-    (tmp_path / "copy/runs/random-0/metrics.jsonl").unlink()
     done = reproduce(repository, *arguments, "--report", "--output", tmp_path / "copy")
-    assert done.returncode == 1 and "random-0/metrics.jsonl is absent: run this experiment first" in done.stderr
+    assert done.returncode == 1 and "was done with other command" in done.stderr
+    done = reproduce(repository, *arguments, "--report", "--output", tmp_path / "nothing")
+    assert done.returncode == 1 and "language-model is not finished: run this experiment first" in done.stderr
+    path = folder / "runs/random-0/metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-4]))
+    done = reproduce(repository, *arguments, "--report", "--output", folder)
+    path.write_text("".join(lines))
+    assert done.returncode == 1 and "metrics.jsonl ends at step 8 of 10: run this experiment to its end" in done.stderr
 
 
 def test_dry_run_prints_every_command_and_the_budget(repository, tmp_path):
@@ -140,34 +147,93 @@ def test_the_papers_scale_is_a_config_and_a_script_for_every_run(paper):
     assert "model.pretrained=pretrained/open_lm_1b [paper]" in printed and "seed=0 [ours]" in printed
 
 
-def test_the_papers_runs_train_two_steps_at_tiny_width(repository, paper, smoke, monkeypatch):
+def test_the_papers_runs_train_two_steps_at_tiny_width_and_are_reported(repository, paper, smoke, monkeypatch):
     """All kinds of runs; of the sweep, which differs in numbers alone, the first."""
     folder, _ = paper
     out, data, _ = smoke
     monkeypatch.chdir(repository)
     jobs = []
     for arm in arms_of(PAPER, list(EXPERIMENTS)):
-        if arm.name == "alignment-0" or (arm.name.startswith("sweep") and "5e-05" not in arm.name):
+        if arm.name.startswith("sweep") and "5e-05" not in arm.name:
             continue
-        run = folder / "tiny" / arm.name
+        path = folder / "configs" / f"{arm.name}.yaml"
         files = [f"data.train=[{{prefix: {data / 'train'}}}]", f"data.valid={data / 'valid'}", "data.valid_text=null"]
-        if config.load(folder / "configs" / f"{arm.name}.yaml").model.pretrained:
+        if config.load(path).model.pretrained:
             files.append(f"model.pretrained={out / 'pretrained'}")
         if arm.name.startswith("aligned"):
             files.append(f"model.expansion_file={out / 'runs/alignment-0/image_embeddings.safetensors'}")
-        path = folder / "configs" / f"{arm.name}.yaml"
-        command = (sys.executable, arm.tool, "--config", str(path), f"run.dir={run}", *files, *TINY)
-        jobs.append(Job(arm.name, command, run, steps=2))
-    assert len(jobs) == 10
+        command = (sys.executable, arm.tool, "--config", str(path), *files, *TINY)
+        jobs.append(Job(arm.name, command, folder / "runs" / arm.name, steps=2))
+    assert len(jobs) == 11
     run_jobs(jobs, folder / "tiny-jobs", 2)
     for job in jobs:
         steps = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
         assert sum("split" not in line for line in steps) == 2
+    arguments = ("--scale", "paper", "--report", "--output", folder, "--data", data)
+    done = reproduce(repository, *arguments, "--only", "fig3", "fig4", "fig6", "fig7")
+    assert done.returncode == 0, done.stderr
+    text = (folder / "report.md").read_text()
+    assert "SHA-256 of train.json" in text and f"sbatch {folder}/jobs/aligned-0.sbatch" in text
+    assert "Not run: Table 1: forgetting, Figure 5" in text and "134 million pairs of HQITP" in text
+    done = reproduce(repository, *arguments, "--only", "fig5")
+    assert done.returncode == 1 and "is absent: run this experiment first" in done.stderr
 
 
-def test_submitting_without_slurm_is_one_error(repository, tmp_path):
-    command = [sys.executable, "tools/reproduce_paper.py", "--scale", "paper", "--only", "fig3", "--submit"]
-    done = subprocess.run(
-        [*command, "--output", tmp_path], cwd=repository, capture_output=True, text=True, env={"PATH": str(tmp_path)}
-    )
+@pytest.fixture
+def submit(repository, tmp_path):
+    """Calls ``--submit`` for the twins, with an ``sbatch`` on the PATH that counts and writes down what it is given."""
+    data, queue = tmp_path / "data", tmp_path / "queue"
+    (tmp_path / "model").mkdir()
+    data.mkdir()
+    for name in ("train.json", "valid.json", "text_valid.idx", "val2014", "pt_inception-2015-12-05-6726825d.pth"):
+        (data / name).touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/reference.jsonl").touch()
+    stand_in = tmp_path / "bin/sbatch"
+    stand_in.parent.mkdir()
+    stand_in.write_text(f'#!/bin/sh\necho "$@" >> {queue}\nwc -l < {queue}\n')
+    stand_in.chmod(0o755)
+
+    def call(*more, path: str = f"{stand_in.parent}:/usr/bin:/bin") -> subprocess.CompletedProcess:
+        command = [sys.executable, "tools/reproduce_paper.py", "--scale", "paper", "--only", "fig5", "--submit"]
+        command += ["--output", tmp_path / "out", "--data", data, "--pretrained", tmp_path / "model", *more]
+        command = [str(word) for word in command]
+        return subprocess.run(command, cwd=repository, capture_output=True, text=True, env={"PATH": path})
+
+    call.queue, call.jobs, call.data = queue, tmp_path / "out/jobs", data
+    return call
+
+
+def test_submitting_without_slurm_is_one_error(submit, tmp_path):
+    done = submit(path=str(tmp_path))
     assert done.returncode == 1 and done.stderr.endswith("submit from a machine of a SLURM cluster\n")
+
+
+def test_nothing_is_submitted_where_a_file_is_missing(submit):
+    (submit.data / "valid.json").unlink()
+    done = submit()
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and not submit.queue.exists()
+    assert "nothing was submitted; missing: " in done.stderr and "data/valid.json (tools/prep" in done.stderr
+
+
+def test_a_job_is_submitted_once_and_after_those_it_needs(submit):
+    jobs = submit.jobs
+    assert submit().returncode == 0
+    first = submit.queue.read_text().splitlines()
+    assert first[:2] == [f"--parsable {jobs}/pretrained-0.sbatch", f"--parsable {jobs}/random-0.sbatch"]
+    assert first[2:4] == [
+        f"--parsable --dependency=afterok:1 {jobs}/samples-pretrained-0.sbatch",
+        f"--parsable --dependency=afterok:3 {jobs}/fid-pretrained-0.sbatch",
+    ]
+    assert submit().returncode == 0 and submit.queue.read_text().splitlines() == first
+    (jobs / "pretrained-0.submitted.json").unlink()  # it failed: what waits for it is submitted again, and no more
+    done = submit()
+    again = submit.queue.read_text().splitlines()[len(first) :]
+    assert [line.rpartition("/")[2] for line in again] == [
+        f"{name}.sbatch" for name in ("pretrained-0", "samples-pretrained-0", "fid-pretrained-0")
+    ]
+    assert "afterok:7 " in again[1] and "samples-pretrained-0: job 8; scancel 3," in done.stdout
+    before = (submit.jobs.parent / "configs/pretrained-0.yaml").read_bytes()
+    done = submit("--pretrained", submit.data)  # its scripts would change under the queue
+    assert done.returncode == 1 and "was submitted with other settings" in done.stderr
+    assert (submit.jobs.parent / "configs/pretrained-0.yaml").read_bytes() == before
