@@ -107,6 +107,10 @@ def fig5(folder: Path, scale: Scale) -> dict:
         start: [results[f"{start}-{seed}"]["fid"] for seed in scale.seeds] for start in ("pretrained", "random")
     }
     numbers = {"results": results, "fid": paired(distances["pretrained"], distances["random"])}
+    # prompts are captions of training pictures on one machine: who has them by heart draws them better
+    numbers["training_image_loss"] = {
+        start: [record.recent("loss/image") for record in records] for start, records in _twins(folder, scale).items()
+    }
     return _save(folder, "fig5", figure, numbers)
 
 

@@ -58,6 +58,10 @@ class Record:
             result.append(average / weight)
         return result
 
+    def recent(self, key: str) -> float:
+        """Mean of a key over the last tenth of the training steps."""
+        return mean(line[key] for line in self.training[-max(1, len(self.training) // 10) :])
+
     def validation(self, key: str, split: str = "valid") -> list[tuple[int, float]]:
         """(step, value) of every validation; raises MissingRun where there is none."""
         if split not in self.splits:

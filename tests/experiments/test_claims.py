@@ -84,7 +84,8 @@ def test_fig7():
 
 def test_fig5():
     def numbers(*second: float) -> dict:
-        return {"fid": paired([12.2, 12.4, 12.1][: len(second)], list(second))}
+        losses = {"pretrained": [0.3], "random": [0.25]}
+        return {"fid": paired([12.2, 12.4, 12.1][: len(second)], list(second)), "training_image_loss": losses}
 
     assert verdicts("fig5", numbers(12.3, 12.5, 12.3)) == [HOLDS]
     assert verdicts("fig5", numbers(13.9, 14.2, 13.8)) == [FAILS]

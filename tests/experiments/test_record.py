@@ -26,6 +26,7 @@ def test_tokens_curve_and_validation(tmp_path):
     weights = [(1 - EMA) * EMA**age for age in (2, 1, 0)]
     expected = sum(w * loss for w, loss in zip(weights, (4.0, 3.0, 2.0), strict=True)) / sum(weights)
     assert record.curve("loss") == pytest.approx([4.0, (EMA * 4 + 3) / (EMA + 1), expected])
+    assert record.recent("loss") == 2.0  # of three steps, the last
     assert record.last("loss") == 2.5 and record.validation("loss", "valid_text") == [(3, 9.0)]
 
 
