@@ -225,6 +225,7 @@ def differences(miniature: Miniature, settings: dict[str, config.Config]) -> lis
     train, valid = (Manifest.read(miniature.data / name) for name in ("train", "valid"))
     one = next((s for s in settings.values() if s.data.mode == "text_to_image"), None)
     drawings = is_openmoji(miniature.data)
+    corpus = ", ".join(source.name for source in Manifest.read(miniature.data / "text_train").sources)
     ours = "OpenMoji drawings with their names" if drawings else f"pictures of {miniature.data}"
     rows = [
         ("pictures", "134 million pairs of HQITP", f"{train.documents:,} {ours}"),
@@ -233,9 +234,13 @@ def differences(miniature: Miniature, settings: dict[str, config.Config]) -> lis
         (
             "language models",
             "open_lm-1b",
-            "one of WordNet's entries: the seeds share it, intervals hold no variance of it",
+            f"one of {corpus}: the seeds share it, intervals hold no variance of it",
         ),
-        ("held-out text", "-", "WordNet entries; related entries, which name some of their words, are in training"),
+        (
+            "held-out text",
+            "-",
+            f"of {corpus}; WordNet's related entries, which name some of its words, are in training",
+        ),
         (
             "prompts of Figure 5",
             "MS-COCO, zero-shot",

@@ -46,7 +46,9 @@ class Miniature:
     def __init__(self, scale: Scale, folder: Path, data: Path, dtype: str):
         self.scale, self.folder, self.data, self.dtype = scale, folder, data, dtype
         self.pretrained = folder / "pretrained"
-        self.tokenizer = data / "text_tokenizer.json"
+        pictures = Manifest.read(data / "train")
+        # a user's pictures bring their text tokenizer, and the language model learns that one
+        self.tokenizer = data / (pictures.text.tokenizer if pictures else "text_tokenizer.json")
         train = f"data.train={train_list(data / 'train')}"
         self.shared = with_vocabulary(config.load(scale.config, [*scale.settings, train]))
         if None in (self.shared.vocab.text_tokens, self.shared.vocab.image_codes):
@@ -67,7 +69,7 @@ class Miniature:
             texts = {"text_train": [], "text_valid": []}
             for entry in entries:
                 texts["text_valid" if entry.held_out else "text_train"].append(entry.text() + "\n")
-            if not self.tokenizer.exists():
+            if not self.tokenizer.exists() and not Manifest.read(self.data / "train"):
                 train_text_tokenizer(texts["text_train"], self.shared.vocab.text_tokens, self.tokenizer)
             tokenizer = load_text_tokenizer(self.tokenizer)
             for name, lines in texts.items():

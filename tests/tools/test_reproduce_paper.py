@@ -111,6 +111,37 @@ def test_what_is_done_is_not_done_again_and_a_missing_run_is_an_error(repository
     assert done.returncode == 1 and "metrics.jsonl ends at step 8 of 10: run this experiment to its end" in done.stderr
 
 
+def test_pictures_of_ones_own(repository, smoke, tmp_path):
+    """Their captions are drawn, against themselves, and the language model learns their text tokenizer."""
+    _, data, _ = smoke
+    generator, own = np.random.default_rng(0), tmp_path / "own"
+    (tmp_path / "pictures").mkdir()
+    for number in range(40):
+        pixels = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+        Image.fromarray(pixels).save(tmp_path / f"pictures/{number:02d}.png")
+        (tmp_path / f"pictures/{number:02d}.txt").write_text(f"mosaic number {number}")
+    for name, image in (
+        ("train", ("patch", "--image-size", 16, "--patch-size", 4, "--codebook-size", 64)),
+        ("valid", (own / "image_tokenizer.safetensors",)),
+    ):
+        command = [sys.executable, "tools/preprocess_data.py", "--input", tmp_path / "pictures", "--workers", 1]
+        command += ["--text-tokenizer", data / "text_tokenizer.json", "--output-prefix", own / name]
+        command += ["--image-tokenizer", *image]
+        subprocess.run([str(word) for word in command], cwd=repository, check=True, capture_output=True)
+    out = tmp_path / "out"
+    done = reproduce(repository, "--scale", "smoke", "--only", "fig5", "--data", own, "--output", out, "--workers", 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    listed = [json.loads(line) for line in (out / "reference.jsonl").read_text().splitlines()]
+    assert len(listed) == 16 and all(line["prompt"].startswith("mosaic number ") for line in listed)
+    number = int(listed[3]["prompt"].split()[-1])
+    with Image.open(listed[3]["file"]) as shown, Image.open(tmp_path / f"pictures/{number:02d}.png") as true:
+        assert shown.size == (16, 16)
+        assert np.abs(np.asarray(shown, int) - np.asarray(true, int)).mean() < 40  # 64 codes for 640 colours
+    report = (out / "report.md").read_text()
+    assert "40 pictures of" in report and "OpenMoji" not in report.split("## Data, machine")[0]
+    assert not (own / "text_tokenizer.json").exists() and "openmoji" not in report.split("## Commands")[1]
+
+
 def test_dry_run_prints_every_command_and_the_budget(repository, tmp_path):
     done = reproduce(repository, "--scale", "nano", "--dry-run", "--output", tmp_path / "nothing")
     assert done.returncode == 0 and not (tmp_path / "nothing").exists()
