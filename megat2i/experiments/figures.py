@@ -28,6 +28,7 @@ from megat2i.files import write_file
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 (after the choice of a backend without a display)
+from matplotlib.ticker import LogLocator  # noqa: E402
 
 COLOURS = {"pretrained": "tab:blue", "random": "tab:orange", "aligned": "tab:green"}
 SMOOTHED = f"EMA {EMA}"
@@ -55,6 +56,8 @@ def fig4(folder: Path, scale: Scale) -> dict:
         axis.set(xlabel="tokens", ylabel=f"{modality} loss (nats, {SMOOTHED})")
         perplexity = axis.secondary_yaxis("right", functions=(np.exp, lambda p: np.log(np.maximum(p, 1e-9))))
         perplexity.set_ylabel("perplexity")
+        perplexity.yaxis.set_major_locator(LogLocator())
+        perplexity.yaxis.set_major_formatter("{x:g}")
     keys = ["loss/text", "loss/image"]
     first = {key: _compare(runs, key, at=0) for key in keys}
     numbers = {"curves": _curves(runs, keys), "held_out_first": first}

@@ -41,8 +41,8 @@ CODES, NEAREST = 16, 3  # listed, and tokens of each
 SHOWN_MODELS = 3  # of table 1: before, and after from both starts
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "img{max-width:100%;height:auto}table{border-collapse:collapse;display:block;overflow-x:auto}"
-    "td,th{border:1px solid #ccc;padding:.3rem .6rem;text-align:left;vertical-align:top}"
+    "img{max-width:100%;height:auto}table{border-collapse:collapse;display:block;overflow-x:auto;margin:1rem 0}"
+    "td,th{border:1px solid #ccc;padding:.3rem .6rem;text-align:left;vertical-align:top}td{overflow-wrap:anywhere;min-width:3rem}"
     "pre{background:#f5f5f5;padding:.6rem;overflow-x:auto;font-size:.8rem}"
     "blockquote{border-left:4px solid #99b;margin:0;padding:.2rem 1rem;background:#f4f6fb}"
 )
@@ -137,7 +137,6 @@ def _distances(values: dict) -> list[str]:
         rows.append((name, f"{result['fid']:.3f}", f"{interval['low']:.3f} to {interval['high']:.3f}"))
     result = next(iter(values["results"].values()))
     note = f"Protocol {result['protocol']}, features: {result['feature_net']}."
-    note += "" if result["protocol"].startswith("coco30k") else " Not comparable with published FID."
     note += "".join(f" {warning}." for warning in result.get("warnings", ()))
     return [table(("run", "distance", "95% (bootstrap)"), rows), plain(note)]
 
@@ -174,7 +173,7 @@ def _nearest(values: dict) -> list[str]:
         table(("embeddings", "nearest token is word-like", "distinct nearest tokens"), shares),
         plain(
             f"Of the first seed. Word-like: {words['definition']}; of the vocabulary "
-            f"{words['vocabulary']['share']:.1%}. {words['note'].capitalize()}."
+            f"{words['vocabulary']['share']:.1%}."
         ),
         table(("embeddings", "held-out pictures that found their caption", "chance"), pictures),
     ]
