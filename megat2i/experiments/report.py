@@ -42,7 +42,8 @@ SHOWN_MODELS = 3  # of table 1: before, and after from both starts
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "img{max-width:100%;height:auto}table{border-collapse:collapse;display:block;overflow-x:auto;margin:1rem 0}"
-    "td,th{border:1px solid #ccc;padding:.3rem .6rem;text-align:left;vertical-align:top}td{overflow-wrap:anywhere;min-width:3rem}"
+    "td,th{border:1px solid #ccc;padding:.3rem .6rem;text-align:left;vertical-align:top}"
+    "td{min-width:6rem}"
     "pre{background:#f5f5f5;padding:.6rem;overflow-x:auto;font-size:.8rem}"
     "blockquote{border-left:4px solid #99b;margin:0;padding:.2rem 1rem;background:#f4f6fb}"
 )
