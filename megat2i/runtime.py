@@ -3,6 +3,7 @@
 What is asked for explicitly and is missing raises; nothing falls back without saying so.
 """
 
+import atexit
 import ctypes
 import os
 import platform
@@ -79,6 +80,7 @@ class Backend:
             _keep_freed_memory()
         if self.launcher == "none":
             dist.init_process_group(self.communication, store=dist.HashStore(), rank=0, world_size=1)
+            atexit.register(_leave_group)
         else:
             dist.init_process_group(
                 self.communication, rank=self.rank, world_size=self.world_size, timeout=COLLECTIVE_TIMEOUT
@@ -93,6 +95,12 @@ class Backend:
             f"communication={self.communication} engine={self.engine} launcher={self.launcher} "
             f"ranks={self.world_size} threads={torch.get_num_threads()}"
         )
+
+
+def _leave_group() -> None:
+    """Else gloo's threads now and then abort the exit of a refused run: it has no other rank to wait for."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _keep_freed_memory() -> None:
