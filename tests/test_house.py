@@ -17,6 +17,7 @@ FLOORS = (
         "config_limits",
         "config_rules",
         "files",
+        "progress",
         "vocab",
         "runtime",
         "topology",
