@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megat2i import checkpoint, config_rules, run_folder
 from megat2i.config import Config
-from megat2i.data.manifest import Manifest
+from megat2i.data.sizes import require_stores, with_data_sizes
 from megat2i.generate import Sampler
 from megat2i.loss import ModalityLoss
 from megat2i.model import freezing, pretrained
@@ -37,8 +37,10 @@ Providers = tuple[
 
 def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
     """Train to the end of the schedule or to ``training.stop_at``; collective over all ranks of the launch."""
-    settings = with_vocabulary(settings)
+    require_stores(settings.data)
+    settings = with_data_sizes(run_folder.with_recorded(settings) if resume else settings)
     backend = Backend.resolve(settings)
+    settings = dataclasses.replace(settings, runtime=dataclasses.replace(settings.runtime, dtype=backend.dtype_name))
     config_rules.validate(settings, backend.world_size)
     freezing.require_work_for_all(settings)
     run_dir = Path(settings.run.dir)
@@ -66,20 +68,15 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
         checkpoint.load_engine(found, engine)
     first_step = found.step if found else 0
     if leader:
-        environment = {
-            "backend": backend.describe(),
-            "ops": model.ops.description,
-            "engine": backend.engine,
-            "layout": groups.layout(),
-            "parameters_total": model_parameters(settings.model, settings.vocab_layout.size),
-            "parameters_per_rank": sum(p.numel() for p in model.parameters()),
-            "parameters_trained": freezing.trained_parameters(settings),
-            "resumed_from": str(found.path) if found else None,
-            "pretrained": pretrained.digests(begin.model.pretrained) if begin.model.pretrained else None,
-        }
+        environment = _environment(begin, backend, groups, model)
+        environment["resumed_from"] = str(found.path) if found else None
         run_folder.write(run_dir, settings, backend.engine, environment)
     run_folder.require_shared(run_dir)
     report(f"{backend.describe()} layout={groups.layout()} {model.ops.description}")
+    if backend.computes_in_software():
+        report(
+            "this processor computes bfloat16 in software: with runtime.dtype=float32 a new run is many times faster"
+        )
     for prefix, (rows, cut) in data.captions.items():
         report(f"{prefix}: {rows:,} rows, {cut:,} captions cut to fit {settings.data.sequence_length} positions")
     report(f"{'resuming after step ' + str(first_step) if found else 'starting'}: {run_dir}")
@@ -93,16 +90,18 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
     dist.destroy_process_group()
 
 
-def with_vocabulary(settings: Config) -> Config:
-    """The settings with the vocabulary sizes that were left to the manifest of the first dataset."""
-    manifest = Manifest.read(settings.data.train[0].prefix) if settings.data.train else None
-    text, image = (manifest.text, manifest.image) if manifest else (None, None)
-    vocab = settings.vocab
-    if vocab.text_tokens is None and text:
-        vocab = dataclasses.replace(vocab, text_tokens=text.vocab_size)
-    if vocab.image_codes is None and image:
-        vocab = dataclasses.replace(vocab, image_codes=image.codebook_size)
-    return dataclasses.replace(settings, vocab=vocab)
+def _environment(settings: Config, backend: Backend, groups: ParallelGroups, model: GPT) -> dict:
+    """What ``environment.json`` says of this launch."""
+    return {
+        "backend": backend.describe(),
+        "ops": model.ops.description,
+        "engine": backend.engine,
+        "layout": groups.layout(),
+        "parameters_total": model_parameters(settings.model, settings.vocab_layout.size),
+        "parameters_per_rank": sum(p.numel() for p in model.parameters()),
+        "parameters_trained": freezing.trained_parameters(settings),
+        "pretrained": pretrained.digests(settings.model.pretrained) if settings.model.pretrained else None,
+    }
 
 
 def _without_pretrained(settings: Config) -> Config:

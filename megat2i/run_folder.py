@@ -22,6 +22,19 @@ from megat2i.trainer import RunError
 CONFIG, ENVIRONMENT, DATA = "config.yaml", "environment.json", "data.json"
 
 
+def with_recorded(settings: Config) -> Config:
+    """The settings of a run to be resumed: what they leave to the machine or to the data is as the run recorded it."""
+    path = Path(settings.run.dir) / CONFIG
+    if not path.exists():
+        return settings
+    recorded, data, runtime = config.load(path), settings.data, settings.runtime
+    if data.sequence_length is None:
+        data = dataclasses.replace(data, sequence_length=recorded.data.sequence_length)
+    if runtime.dtype == "auto":
+        runtime = dataclasses.replace(runtime, dtype=recorded.runtime.dtype)
+    return dataclasses.replace(settings, data=data, runtime=runtime)
+
+
 def check(run_dir: Path, settings: Config, resume: bool) -> None:
     """Nothing that a run wrote is overwritten, and a resumed run is the same run on the same data; raises RunError.
 
