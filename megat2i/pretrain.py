@@ -23,6 +23,7 @@ from megat2i.model.part import Part, part_of
 from megat2i.optim.engine import Engine
 from megat2i.optim.torch_engine import TorchEngine
 from megat2i.pipeline import Pipeline
+from megat2i.progress import say, waiting
 from megat2i.runtime import Backend
 from megat2i.self_test import require_same_launch, self_test
 from megat2i.topology import ParallelGroups
@@ -35,8 +36,11 @@ Providers = tuple[
 ]
 
 
-def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
-    """Train to the end of the schedule or to ``training.stop_at``; collective over all ranks of the launch."""
+def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
+    """Train to the end of the schedule or to ``training.stop_at``; collective over all ranks of the launch.
+
+    Returns the settings with all that they left open.
+    """
     require_stores(settings.data)
     settings = with_data_sizes(run_folder.with_recorded(settings) if resume else settings)
     backend = Backend.resolve(settings)
@@ -55,17 +59,19 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
     provide_model, provide_data, provide_loss = providers
     data = provide_data(settings, backend, groups)
     leader = backend.rank == 0
-    report = print if leader else lambda line: None
-    found = checkpoint.latest(run_dir / "checkpoints", report) if resume else None
+    report = say if leader else lambda line: None
+    with waiting(f"checking the checkpoints of {run_dir}", leader and resume):
+        found = checkpoint.latest(run_dir / "checkpoints", report) if resume else None
     if resume and not found and checkpoint.committed(run_dir / "checkpoints"):
         raise RunError(f"{run_dir}/checkpoints: every checkpoint is damaged; to start over, choose another run.dir")
     # a checkpoint replaces every weight: the pre-trained model need not be there any more
     begin = _without_pretrained(settings) if found else settings
-    model = provide_model(begin, backend, part_of(settings, groups))
-    freezing.freeze(model, settings.training.trainable)
-    engine = _engine(model, settings, backend, groups)
-    if found:
-        checkpoint.load_engine(found, engine)
+    with waiting(f"loading {found.path}" if found else "making the model", leader):
+        model = provide_model(begin, backend, part_of(settings, groups))
+        freezing.freeze(model, settings.training.trainable)
+        engine = _engine(model, settings, backend, groups)
+        if found:
+            checkpoint.load_engine(found, engine)
     first_step = found.step if found else 0
     if leader:
         environment = _environment(begin, backend, groups, model)
@@ -73,6 +79,7 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
         run_folder.write(run_dir, settings, backend.engine, environment)
     run_folder.require_shared(run_dir)
     report(f"{backend.describe()} layout={groups.layout()} {model.ops.description}")
+    report(f"model: {parameters_in_words(settings)}")
     if backend.computes_in_software():
         report(
             "this processor computes bfloat16 in software: with runtime.dtype=float32 a new run is many times faster"
@@ -88,6 +95,14 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
     train(run, first_step)
     # Not after an error: other ranks may wait in a collective, and NCCL would wait for them before the error shows.
     dist.destroy_process_group()
+    return settings
+
+
+def parameters_in_words(settings: Config) -> str:
+    """How many parameters the model has, and how many of them learn."""
+    total = model_parameters(settings.model, settings.vocab_layout.size)
+    trained = freezing.trained_parameters(settings)
+    return f"{total:,} parameters" + (f", {trained:,} of them trained" if trained != total else "")
 
 
 def _environment(settings: Config, backend: Backend, groups: ParallelGroups, model: GPT) -> dict:

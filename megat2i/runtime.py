@@ -7,6 +7,7 @@ import atexit
 import ctypes
 import os
 import platform
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -140,6 +141,19 @@ def _keep_freed_memory() -> None:
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, 2**31 - 1)
         mallopt(m_top_pad, 256 << 20)
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for the launch; raises ConfigError as ``Backend.resolve`` does."""
+    return _launched_as()[1] == 0
+
+
+def quiet() -> None:
+    """Keep what concerns the libraries' authors off the console: deprecations, and how DeepSpeed looks for devices."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as it finds out itself, with a warning
 
 
 def _launched_as() -> tuple[str, int, int, int, int]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megat2i.files import DataFileError
+from megat2i.progress import progress
 
 REMEDY = "Pass the original file, or download it again"
 WRAPPERS = ("state_dict", "model")  # names under which training checkpoints hold their weights
@@ -156,7 +157,7 @@ def _write_shard(path: Path, specs: dict[str, Spec], read: Callable[[str], Tenso
     content += b" " * (-len(content) % 8)
     with open(path, "wb") as file:
         file.write(len(content).to_bytes(8, "little") + content)
-        for name, spec in specs.items():
+        for name, spec in progress(specs.items(), f"writing {path.name}", "tensors"):
             tensor = read(name)
             if tensor.shape != spec.shape:
                 raise ValueError(f"{name} has shape {list(tensor.shape)}, announced was {list(spec.shape)}")

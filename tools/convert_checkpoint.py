@@ -27,6 +27,7 @@ from megat2i.checkpoint import CheckpointError
 from megat2i.config import Config, ConfigError, ModelConfig
 from megat2i.data.sizes import with_data_sizes
 from megat2i.files import DataFileError, pending_folder, read_json_object
+from megat2i.interrupt import said_on_interrupt
 from megat2i.model import expand, huggingface, open_lm, weights
 from megat2i.model.pretrained import TOKENIZER, open_pretrained, shape_differences
 from megat2i.model.weights import TABLES, ModelWeights
@@ -170,6 +171,7 @@ def model_section(shape: ModelConfig, folder: Path) -> str:
 
 if __name__ == "__main__":
     try:
-        main()
+        with said_on_interrupt("interrupted; nothing was written"):
+            main()
     except (ConfigError, DataFileError, CheckpointError, RunError) as error:
         sys.exit(f"error: {error}")

@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from megat2i.checkpoint import CheckpointError
 from megat2i.config import ConfigError
 from megat2i.files import DataFileError, write_file
 from megat2i.generate import BATCH_SIZE, Sampler
+from megat2i.interrupt import said_on_interrupt
 from megat2i.pictures import enlarge, save_png, sheet
+from megat2i.progress import Progress, waiting
 from megat2i.runtime import DTYPES
 
 GRID_COLUMNS, GRID_IMAGES = 8, 64
@@ -58,7 +59,9 @@ def main() -> None:
     if arguments.images_per_prompt < 1 or arguments.batch_size < 1:
         raise ConfigError("--images-per-prompt and --batch-size must be at least 1")
     dtype = arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
-    sampler, settings = Sampler.from_run(arguments.run, torch.device(arguments.device), DTYPES[dtype])
+    with waiting(f"loading {arguments.run}"):
+        sampler, settings = Sampler.from_run(arguments.run, torch.device(arguments.device), DTYPES[dtype])
+        weights = digest(sampler.model)
     given = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "guidance")}
     sampling = dataclasses.replace(settings.sampling, **{k: v for k, v in given.items() if v is not None})
     sampling.check()
@@ -70,15 +73,18 @@ def main() -> None:
     jobs = [(p, arguments.seed + number) for p in prompts for number in range(arguments.images_per_prompt)]
     drawn = dataclasses.asdict(sampling) | {"batch_size": arguments.batch_size, "dtype": dtype}
     del drawn["prompts"]
-    drawn |= {"device": arguments.device, "weights_sha256": digest(sampler.model)}
+    drawn |= {"device": arguments.device, "weights_sha256": weights}
     output = arguments.output or arguments.run / "samples"
     names = begin(output, jobs, drawn)
     missing = [number for number, name in enumerate(names) if not (output / name).exists()]
-    for start in tqdm(range(0, len(missing), arguments.batch_size), disable=None, unit="batch"):
-        batch = missing[start : start + arguments.batch_size]
-        prompts, seeds = zip(*(jobs[number] for number in batch), strict=True)
-        for number, image in zip(batch, sampler.images(prompts, seeds, sampling, arguments.batch_size), strict=True):
-            save_png(enlarge(image, image.shape[-1]), output / names[number])
+    with Progress(len(jobs), "drawing", "images", len(jobs) - len(missing)) as shown:
+        for start in range(0, len(missing), arguments.batch_size):
+            batch = missing[start : start + arguments.batch_size]
+            prompts, seeds = zip(*(jobs[number] for number in batch), strict=True)
+            images = sampler.images(prompts, seeds, sampling, arguments.batch_size)
+            for number, image in zip(batch, images, strict=True):
+                save_png(enlarge(image, image.shape[-1]), output / names[number])
+            shown.update(len(batch))
     first = [np.asarray(Image.open(output / name)).transpose(2, 0, 1) for name in names[:GRID_IMAGES]]
     cells = [(prompt, [image]) for (prompt, _), image in zip(jobs, first, strict=False)]
     save_png(sheet(cells, GRID_COLUMNS), output / "grid.png")
@@ -128,6 +134,7 @@ def digest(model: torch.nn.Module) -> str:
 
 if __name__ == "__main__":
     try:
-        main()
+        with said_on_interrupt("interrupted; the same command goes on where it was"):
+            main()
     except (ConfigError, DataFileError, CheckpointError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")

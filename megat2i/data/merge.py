@@ -17,6 +17,7 @@ from megat2i.data.codebook_use import CodebookUse
 from megat2i.data.indexed import DTYPES, GrowingIndex, IndexedDataset, StoreDigests, commit_store
 from megat2i.data.manifest import REBUILD, BlockDigester, Manifest, Source, TokenCounts, relative_path
 from megat2i.files import DataFileError, PendingFile, commit, only_run, storage_errors, store_path, write_file
+from megat2i.progress import progress
 
 COPY_BYTES = 1 << 22
 SEQUENCES = 1 << 18  # whose entries of the index are changed at a time
@@ -40,7 +41,7 @@ def merge(prefixes: Iterable[str | Path], output: str | Path, each: Callable, ov
     index = GrowingIndex(file.path.parent)
     try:
         with storage_errors(file.path), open(file.temporary, "r+b", buffering=0) as target:
-            for prefix in prefixes:
+            for prefix in progress(prefixes, f"merging into {output}", "datasets"):
                 store = IndexedDataset(prefix)
                 first = first or (store.dtype, store.index_path)
                 if store.dtype != first[0]:
