@@ -23,7 +23,7 @@ from megat2i.model.part import Part, part_of
 from megat2i.optim.engine import Engine
 from megat2i.optim.torch_engine import TorchEngine
 from megat2i.pipeline import Pipeline
-from megat2i.progress import say, waiting
+from megat2i.progress import count, say, waiting
 from megat2i.runtime import Backend
 from megat2i.self_test import require_same_launch, self_test
 from megat2i.topology import ParallelGroups
@@ -84,8 +84,9 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
         report(
             "this processor computes bfloat16 in software: with runtime.dtype=float32 a new run is many times faster"
         )
-    for prefix, (rows, cut) in data.captions.items():
-        report(f"{prefix}: {rows:,} rows, {cut:,} captions cut to fit {settings.data.sequence_length} positions")
+    for prefix, (rows, cut, needed) in data.captions.items():
+        fits = f", {cut:,} captions cut: data.sequence_length={needed} would hold all" if cut else ""
+        report(f"{prefix}: {count(rows, 'row')} of {settings.data.sequence_length} positions{fits}")
     report(f"{'resuming after step ' + str(first_step) if found else 'starting'}: {run_dir}")
     pipeline = Pipeline(model, groups, settings.parallel.schedule)
     draw = _drawer(settings, pipeline) if settings.training.sample_every and groups.data_rank == 0 else None

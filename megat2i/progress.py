@@ -30,6 +30,11 @@ def progress(items: Iterable[Item], what: str, unit: str, total: int | None = No
             shown.update()
 
 
+def count(number: int, noun: str) -> str:
+    """A number of things in words: "1 image", "2,000 images"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def say(line: str) -> None:
     """Print one line to the standard output, above a bar if there is one."""
     tqdm.write(line, file=sys.stdout)

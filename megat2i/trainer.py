@@ -66,12 +66,13 @@ def _summed(values: Tensor, *groups: ProcessGroup) -> Tensor:
 class Data:
     """Where batches come from: micro-batches of a step, and the fixed validation batches of each split.
 
-    ``captions``: for every training dataset its number of rows and of captions that do not fit a row.
+    ``captions``: for every training dataset its number of rows, of captions that do not fit a row, and the positions
+    that would hold them all.
     """
 
     micro_batches: Callable[[int], list[Batch]]
     validation: dict[str, list[Batch]]
-    captions: dict[str, tuple[int, int]] = field(default_factory=dict)
+    captions: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

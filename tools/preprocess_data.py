@@ -33,6 +33,7 @@ from megat2i.data.openmoji import SPLITS
 from megat2i.data.preprocess import preprocess
 from megat2i.data.samples import Part
 from megat2i.data.shards import check_tars, whole_files
+from megat2i.data.sizes import captions_in_words
 from megat2i.data.sources import find_parts
 from megat2i.files import DataFileError
 from megat2i.tokenizers.image import NETWORKS, load_image_tokenizer
@@ -237,7 +238,8 @@ def run_whole(args: argparse.Namespace, parts: list[Part], encoding: Encoding, w
         f"{manifest.text.vocab_size:,}, {manifest.tokens.image:,} image codes of {manifest.image.codebook_size:,}, "
         f"{manifest.dtype}; {summary.refused:,} samples refused"
         + (f", listed in {summary.ledger}" if summary.refused else "")
-        + f"\ncodebook: {summary.codebook}"
+        + f"\ncodebook: {summary.codebook}\n"
+        + "\n".join(captions_in_words(manifest, summary.longest))
     )
 
 

@@ -4,16 +4,17 @@ import dataclasses
 import os
 from pathlib import Path
 
-import numpy as np
-
 from megat2i.config import Config, ConfigError, DataConfig
 from megat2i.data.indexed import IndexedDataset
+from megat2i.data.lengths import length_counts
 from megat2i.data.manifest import Manifest
 from megat2i.data.t2i_dataset import LAYOUTS
 from megat2i.files import DataFileError, store_path
 from megat2i.vocab import IMAGE, TEXT
 
+SUSPICIOUS_MEAN = 512  # ids of a caption; real ones have 10 to 150
 LENGTH_MULTIPLE = 8  # that a row's length is rounded up to: parallel.sequence divides it among 2, 4 or 8 ranks
+SPECIALS = sum(len(part) for part in LAYOUTS["text_to_image"] if not isinstance(part, int))
 SUFFIXES = (".bin", ".idx", ".json")
 
 
@@ -86,20 +87,47 @@ def sequence_length(data: DataConfig) -> int:
             "data.sequence_length is not set: a text without images has no length of its own; set it, e.g. to 1024"
         )
     prefixes = [dataset.prefix for dataset in data.train] + ([data.valid] if data.valid else [])
-    longest = max(longest_row(IndexedDataset(prefix), data.mode) for prefix in prefixes)
-    return -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    return rounded_up(max(longest_row(IndexedDataset(prefix), data.mode) for prefix in prefixes))
+
+
+def rounded_up(positions: int) -> int:
+    """The length of rows that are to hold ``positions``."""
+    return -(-positions // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
 
 def longest_row(store: IndexedDataset, mode: str = "text_to_image") -> int:
     """Image codes + longest caption + special tokens of a store; captions count in mode "text_to_image" alone."""
     if store.modes is None or not len(store):
         raise DataFileError(store.index_path, f"it has no modes, which {mode} needs", "Use data.mode=text_only")
-    longest = {kind: int(lengths_of(store, kind).max(initial=0)) for kind in (TEXT, IMAGE)}
+    longest = {kind: max(0, len(length_counts(store, kind)) - 1) for kind in (TEXT, IMAGE)}
     return sum(longest[part] if isinstance(part, int) else len(part) for part in LAYOUTS[mode])
 
 
-def lengths_of(store: IndexedDataset, modality: int) -> np.ndarray:
-    """Lengths of the sequences of a modality, int32 [sequences of it]."""
-    lengths = np.asarray(store.lengths)[np.asarray(store.modes) == modality]
-    store.release()
-    return lengths
+def captions_in_words(manifest: Manifest, longest: str = "") -> list[str]:
+    """What to tell of the captions of a dataset: their lengths, the row that holds them, and what looks wrong.
+
+    ``longest``: the name of the longest one, where it is known.
+    """
+    text, captions, (rows, columns) = manifest.text, manifest.text.captions, manifest.image.grid
+    row = rows * columns + SPECIALS
+    all_fit, most_fit = rounded_up(row + captions.longest), rounded_up(row + captions.percentile_99)
+    lines = [
+        f"captions: half of them have at most {captions.median:,} ids, 99% at most {captions.percentile_99:,}, the "
+        f"longest {captions.longest:,}",
+        f"data.sequence_length, where it is left out: {all_fit:,} ({rows * columns:,} image codes + {SPECIALS} special "
+        f"tokens + {captions.longest:,}, rounded up)"
+        + (f"; {most_fit:,} cuts at most 1%" if most_fit < all_fit else ""),
+    ]
+    mean = manifest.tokens.text / manifest.documents
+    if mean > SUSPICIOUS_MEAN:
+        where = f", that of {longest}" if longest else ""
+        lines.append(
+            f"warning: a mean of {mean:,.0f} ids is far above what a caption has, and the longest has "
+            f"{captions.longest:,}{where}: is every text the caption of its picture?"
+        )
+    if text.unknown:
+        lines.append(
+            f"warning: {text.unknown:,} of {manifest.tokens.text:,} text ids stand for letters that the tokenizer does "
+            "not know: the model cannot tell them apart; use a tokenizer with byte fallback"
+        )
+    return lines
