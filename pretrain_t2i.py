@@ -10,6 +10,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
+try:
+    import megat2i  # noqa: F401 (before torch: it sets how threads wait)
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}")
+
 from megat2i.checkpoint import CheckpointError
 from megat2i.config import Config, ConfigError, load
 from megat2i.data.batches import TrainingData, evaluation_batches

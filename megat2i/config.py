@@ -222,7 +222,10 @@ def _merge(base, loaded, where: str):
         except (OmegaConfBaseException, TypeError, ValueError) as error:
             key = str(getattr(error, "full_key", None) or section)
             key = key if key.startswith(str(section)) else f"{section}.train: {key}"  # the only list of sections
-            raise ConfigError(f"{where}: {key}: {str(error).splitlines()[0]}") from error
+            problem = str(error).splitlines()[0]
+            if key.startswith("data.train"):
+                problem = "expected a list such as [{prefix: data/photos/train}], got " + repr(part.data.train)
+            raise ConfigError(f"{where}: {key}: {problem}") from error
     return base
 
 

@@ -20,22 +20,28 @@ EXIT_CODE = 128 + signal.SIGINT  # as shells have it
 
 
 def leave_on_interrupt(sentence: Callable[[], str] | None) -> None:
-    """From now on Ctrl-C ends this process at once with EXIT_CODE; the first rank gives a ``sentence`` to be said."""
+    """From now on Ctrl-C ends this process at once with EXIT_CODE; the first rank gives a ``sentence`` to be said.
+
+    SIGTERM ends it without a word, as it always did.
+    """
     reader, writer = socket.socketpair()
     writer.setblocking(False)  # as set_wakeup_fd demands
     signal.set_wakeup_fd(writer.fileno())
-    signal.signal(signal.SIGINT, lambda number, frame: None)  # the thread does it; KeyboardInterrupt would be late
+    # The thread does it all. SIGTERM too: DeepSpeed's launcher answers Ctrl-C with it, which would cut the sentence off.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: None)
     threading.Thread(target=_wait, args=(reader, writer, sentence), daemon=True, name="interrupt").start()
 
 
 def _wait(reader: socket.socket, writer: socket.socket, sentence: Callable[[], str] | None) -> None:
-    while signal.SIGINT not in reader.recv(1):  # other signals with a Python handler come here too
-        pass
-    if sentence is not None:
+    number = 0
+    while number not in (signal.SIGINT, signal.SIGTERM):  # other signals with a Python handler come here too
+        number = reader.recv(1)[0]
+    if number == signal.SIGINT and sentence is not None:
         text = sentence()
         tqdm.get_lock().acquire()  # for good: the bar must not be drawn again
         print(_new_line() + text, file=sys.stderr, flush=True)
-    os._exit(EXIT_CODE)
+    os._exit(128 + number)
 
 
 def _new_line() -> str:

@@ -51,6 +51,7 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
     run_folder.check(run_dir, settings, resume)
     if settings.model.pretrained and not checkpoint.committed(run_dir / "checkpoints"):
         pretrained.require_fit(settings)
+    run_folder.make(run_dir)
     backend.start(settings.model.seed)
     groups = ParallelGroups.create(settings.parallel)
     if settings.runtime.self_test and backend.world_size > 1:

@@ -87,6 +87,9 @@ class WeightFiles:
 
     def _open_folder(self) -> None:
         if not (self.path / INDEX).exists():
+            if not (self.path / SINGLE).exists() and (pickled := sorted(self.path.glob("pytorch_model*.bin"))):
+                problem = f"there is only {pickled[0].name}, a pickle, which is never opened"
+                raise DataFileError(self.path, problem, "Save it again by save_pretrained(safe_serialization=True)")
             self._add_safetensors(self.path / SINGLE)
             return
         try:

@@ -15,6 +15,9 @@ import json
 import sys
 from pathlib import Path
 
+import megat2i  # noqa: F401 (before torch: it sets how threads wait)
+
+# isort: split
 import safetensors.torch
 import torch
 

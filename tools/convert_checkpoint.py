@@ -19,6 +19,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import megat2i  # noqa: F401 (before torch: it sets how threads wait)
+
+# isort: split
 import torch
 from omegaconf import OmegaConf
 

@@ -22,6 +22,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import megat2i  # noqa: F401 (before torch: it sets how threads wait)
+
+# isort: split
 import torch
 
 from megat2i.data.array_job import share_of, write_once, write_share
@@ -34,7 +37,7 @@ from megat2i.data.preprocess import preprocess
 from megat2i.data.samples import Part
 from megat2i.data.shards import check_tars, whole_files
 from megat2i.data.sizes import captions_in_words
-from megat2i.data.sources import find_parts
+from megat2i.data.sources import find_parts, other_files
 from megat2i.files import DataFileError
 from megat2i.tokenizers.image import NETWORKS, load_image_tokenizer
 from megat2i.tokenizers.movqgan import MoVQGAN
@@ -266,6 +269,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("preprocess_data.py: interrupted; the same command goes on where it was")
     print(said)
+    if left_out := other_files(args.input):
+        print(left_out)
 
 
 if __name__ == "__main__":

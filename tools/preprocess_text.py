@@ -16,7 +16,7 @@ from megat2i.data.manifest import Source
 from megat2i.data.sources import describe_source
 from megat2i.data.text_store import write_text_store
 from megat2i.files import DataFileError, store_path
-from megat2i.progress import progress
+from megat2i.progress import count, progress
 from megat2i.tokenizers.text import load_text_tokenizer
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     prefix.parent.mkdir(parents=True, exist_ok=True)
     sources: list[Source] = []
     written = write_text_store(read_documents(arguments.input, sources), tokenizer, prefix, sources)
-    print(f"{prefix}: {written.documents:,} documents, {written.tokens.text:,} ids of {tokenizer.vocab_size:,}")
+    print(f"{prefix}: {count(written.documents, 'document')}, {written.tokens.text:,} ids of {tokenizer.vocab_size:,}")
 
 
 def read_documents(paths: Sequence[Path], sources: list[Source]) -> Iterator[str]:

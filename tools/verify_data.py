@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
+import megat2i  # noqa: F401 (before torch: it sets how threads wait)
+
+# isort: split
 import numpy as np
 
 from megat2i.data.array_job import finished_shards

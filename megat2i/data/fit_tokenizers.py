@@ -57,7 +57,7 @@ def fit_image_tokenizer(
     if not images:
         raise DataFileError(path, "the inputs have no readable image to fit a codebook to", _first_problem(chosen))
     try:
-        tokenizer = PatchTokenizer.fit(torch.stack(images), patch_size, codebook_size)
+        tokenizer = PatchTokenizer.fit(torch.stack(images), patch_size, codebook_size, crop=crop)
     except ValueError as error:
         raise DataFileError(path, f"cannot be fitted: {error}", "No tokenizer was written or changed") from error
     _publish(path, overwrite, tokenizer.save)
