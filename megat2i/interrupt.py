@@ -10,12 +10,14 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
+HEAD_START = 0.5  # seconds for the first rank, which would else see the others go before it has spoken
 EXIT_CODE = 128 + signal.SIGINT  # as shells have it
 
 
@@ -27,7 +29,7 @@ def leave_on_interrupt(sentence: Callable[[], str] | None) -> None:
     reader, writer = socket.socketpair()
     writer.setblocking(False)  # as set_wakeup_fd demands
     signal.set_wakeup_fd(writer.fileno())
-    # The thread does it all. SIGTERM too: DeepSpeed's launcher answers Ctrl-C with it, which would cut the sentence off.
+    # The thread does it all. SIGTERM too: with it DeepSpeed's launcher answers Ctrl-C, and would cut the sentence off.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: None)
     threading.Thread(target=_wait, args=(reader, writer, sentence), daemon=True, name="interrupt").start()
@@ -37,7 +39,11 @@ def _wait(reader: socket.socket, writer: socket.socket, sentence: Callable[[], s
     number = 0
     while number not in (signal.SIGINT, signal.SIGTERM):  # other signals with a Python handler come here too
         number = reader.recv(1)[0]
-    if number == signal.SIGINT and sentence is not None:
+    # The main thread may meet the end of another rank now; what it says of that is no news.
+    sys.excepthook = lambda kind, error, traceback: threading.Event().wait()
+    if number == signal.SIGINT and sentence is None:
+        time.sleep(HEAD_START)
+    elif number == signal.SIGINT:
         text = sentence()
         tqdm.get_lock().acquire()  # for good: the bar must not be drawn again
         print(_new_line() + text, file=sys.stderr, flush=True)
@@ -64,10 +70,9 @@ def stopped(run_dir: Path) -> str:
     last = _last_step(run_dir / "metrics.jsonl")
     if last is None:
         return "stopped before the first step"
-    saved = f"the last checkpoint is step {max(steps):,}; --resume continues from there"
     if not steps:
-        saved = f"there is no checkpoint yet: remove {run_dir} to start anew"
-    return f"stopped after step {last:,}; {saved}"
+        return f"stopped after step {last:,}; there is no checkpoint yet: remove {run_dir} to start anew"
+    return f"stopped after step {last:,}; the last checkpoint is step {max(steps):,}; --resume continues from there"
 
 
 def _last_step(metrics: Path) -> int | None:
