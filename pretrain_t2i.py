@@ -5,21 +5,30 @@ Also runs under plain ``python`` (one process), ``torchrun`` and ``srun``.
 """
 
 import argparse
+import shlex
 import sys
 from functools import partial
+from pathlib import Path
+
+try:
+    import megat2i  # noqa: F401 (before torch: it sets how threads wait)
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}")
 
 from megat2i.checkpoint import CheckpointError
 from megat2i.config import Config, ConfigError, load
 from megat2i.data.batches import TrainingData, evaluation_batches
 from megat2i.data.t2i_dataset import T2IDataset, require_same_tokenizers
 from megat2i.files import DataFileError
+from megat2i.interrupt import leave_on_interrupt, stopped
 from megat2i.kernels import choose_ops
 from megat2i.loss import ModalityLoss
 from megat2i.model import pretrained
 from megat2i.model.gpt import GPT
 from megat2i.model.part import Part
 from megat2i.pretrain import pretrain
-from megat2i.runtime import Backend
+from megat2i.progress import say
+from megat2i.runtime import Backend, is_first_rank, quiet
 from megat2i.topology import ParallelGroups
 from megat2i.trainer import Data, RunError
 
@@ -53,7 +62,7 @@ def data_provider(config: Config, backend: Backend, groups: ParallelGroups) -> D
         for split, d in held_out.items()
     }
     return Data(
-        captions={str(d.store.prefix): (len(d), d.cut_captions) for d, _ in sources},
+        captions={str(d.store.prefix): (len(d), d.cut_captions, d.longest_row) for d, _ in sources},
         micro_batches=lambda step: [batch.to(backend.device) for batch in train.micro_batches(step, **rank)],
         validation={split: [batch.to(backend.device) for batch in batches] for split, batches in validation.items()},
     )
@@ -64,16 +73,40 @@ def loss_provider(config: Config) -> ModalityLoss:
     return ModalityLoss((config.loss.text, config.loss.image, config.loss.special), config.loss.z_loss)
 
 
+def next_steps(config: Config) -> list[str]:
+    """What to do with a run that has ended, as lines for the console."""
+    run, training = config.run.dir, config.training
+    if training.stop_at is not None and training.stop_at < training.steps:
+        return ["next: the same command with --resume and a later training.stop_at (null: to the end) continues"]
+    if config.data.mode == "text_only":
+        return [f"next: python tools/convert_checkpoint.py --from run {run} FOLDER"]
+    if not (Path(run) / "tokenizers" / "image").is_dir():
+        return []
+    prompt = config.sampling.prompts[0] if config.sampling.prompts else "a red apple"
+    words = "" if config.data.mode == "image_only" else prompt
+    return [
+        f"next: python tools/generate.py --run {run} --prompts {shlex.quote(words)}",
+        f"      python tools/serve.py --run {run}",
+    ]
+
+
 def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("--resume", action="store_true", help="continue the run in run.dir from its newest checkpoint")
+    parser.add_argument("--verbose", action="store_true", help="also show warnings of PyTorch and DeepSpeed")
     parser.add_argument("--local_rank", type=int, help="accepted from launchers and ignored")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="set a field of the configuration")
     arguments = parser.parse_intermixed_args()
+    if not arguments.verbose:
+        quiet()
     config = load(arguments.config, arguments.overrides)
-    pretrain(config, arguments.resume, (model_provider, data_provider, loss_provider))
+    first = is_first_rank()
+    leave_on_interrupt(partial(stopped, Path(config.run.dir)) if first else None)
+    config = pretrain(config, arguments.resume, (model_provider, data_provider, loss_provider))
+    for line in next_steps(config) if first else ():
+        say(line)
 
 
 if __name__ == "__main__":

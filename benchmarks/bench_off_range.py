@@ -30,6 +30,7 @@ from megat2i import config
 from megat2i.config import Config
 from megat2i.data.batches import TrainingData
 from megat2i.data.indexed import IndexedWriter
+from megat2i.data.sizes import with_vocabulary
 from megat2i.data.t2i_dataset import T2IDataset
 from megat2i.kernels import choose_ops
 from megat2i.kernels.linear_cross_entropy.tokens import ROW_TILE
@@ -38,7 +39,6 @@ from megat2i.model.gpt import GPT
 from megat2i.optim.schedule import learning_rate
 from megat2i.optim.torch_engine import TorchEngine
 from megat2i.pipeline import Pipeline
-from megat2i.pretrain import with_vocabulary
 from megat2i.runtime import Backend
 from megat2i.topology import ParallelGroups
 from megat2i.trainer import train_step

@@ -43,7 +43,7 @@ class DataConfig:
     valid: str | None = None  # prefix of the held-out files
     valid_text: str | None = None  # of held-out text, which every validation measures too (split "valid_text")
     mode: str = "text_to_image"  # text_to_image | image_only | text_only
-    sequence_length: int = 1152
+    sequence_length: int | None = None  # None: what the longest caption needs with its image, see data/sizes.py
     caption_dropout: float = 0.0  # share of captions left empty, for guidance
     seed: int = 0  # order of the samples and dropped captions
 
@@ -135,7 +135,7 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class RuntimeConfig:
     device: str = "auto"  # auto | cpu | cuda
-    dtype: str = "bfloat16"  # float32 | bfloat16, of weights and activations
+    dtype: str = "auto"  # float32 | bfloat16, of weights and activations; auto: bfloat16 where it is fast
     self_test: bool = True  # with more than one rank: prove this launch on a tiny model before training
 
 
@@ -222,7 +222,10 @@ def _merge(base, loaded, where: str):
         except (OmegaConfBaseException, TypeError, ValueError) as error:
             key = str(getattr(error, "full_key", None) or section)
             key = key if key.startswith(str(section)) else f"{section}.train: {key}"  # the only list of sections
-            raise ConfigError(f"{where}: {key}: {str(error).splitlines()[0]}") from error
+            problem = str(error).splitlines()[0]
+            if key.startswith("data.train"):
+                problem = "expected a list such as [{prefix: data/photos/train}], got " + repr(part.data.train)
+            raise ConfigError(f"{where}: {key}: {problem}") from error
     return base
 
 

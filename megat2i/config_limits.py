@@ -20,7 +20,7 @@ CHOICES = {
     "parallel.schedule": ("1f1b", "interleaved", "zero_bubble"),
     "parallel.recompute": ("none", "selective", "full"),
     "runtime.device": ("auto", "cpu", "cuda"),
-    "runtime.dtype": ("float32", "bfloat16"),
+    "runtime.dtype": ("auto", "float32", "bfloat16"),
 }
 
 # (key, smallest, largest) of every number that has limits

@@ -55,7 +55,7 @@ def _validate_parallel(config: Config, world_size: int) -> None:
             f"training.global_batch_size={training.global_batch_size} is not a multiple of "
             f"micro_batch_size x data-parallel ranks = {training.micro_batch_size} x {data} = {sequences}"
         )
-    tokens = training.micro_batch_size * config.data.sequence_length
+    tokens = training.micro_batch_size * (config.data.sequence_length or 0)
     if parallel.sequence and tokens % tensor:
         raise ConfigError(
             f"parallel.sequence=true: micro_batch_size x sequence_length = {tokens} tokens do not divide into "

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megat2i import checkpoint, config_rules, run_folder
 from megat2i.config import Config
-from megat2i.data.manifest import Manifest
+from megat2i.data.sizes import require_stores, with_data_sizes
 from megat2i.generate import Sampler
 from megat2i.loss import ModalityLoss
 from megat2i.model import freezing, pretrained
@@ -23,6 +23,7 @@ from megat2i.model.part import Part, part_of
 from megat2i.optim.engine import Engine
 from megat2i.optim.torch_engine import TorchEngine
 from megat2i.pipeline import Pipeline
+from megat2i.progress import count, say, waiting
 from megat2i.runtime import Backend
 from megat2i.self_test import require_same_launch, self_test
 from megat2i.topology import ParallelGroups
@@ -35,16 +36,22 @@ Providers = tuple[
 ]
 
 
-def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
-    """Train to the end of the schedule or to ``training.stop_at``; collective over all ranks of the launch."""
-    settings = with_vocabulary(settings)
+def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
+    """Train to the end of the schedule or to ``training.stop_at``; collective over all ranks of the launch.
+
+    Returns the settings with all that they left open.
+    """
+    require_stores(settings.data)
+    settings = with_data_sizes(run_folder.with_recorded(settings) if resume else settings)
     backend = Backend.resolve(settings)
+    settings = dataclasses.replace(settings, runtime=dataclasses.replace(settings.runtime, dtype=backend.dtype_name))
     config_rules.validate(settings, backend.world_size)
     freezing.require_work_for_all(settings)
     run_dir = Path(settings.run.dir)
     run_folder.check(run_dir, settings, resume)
     if settings.model.pretrained and not checkpoint.committed(run_dir / "checkpoints"):
         pretrained.require_fit(settings)
+    run_folder.make(run_dir)
     backend.start(settings.model.seed)
     groups = ParallelGroups.create(settings.parallel)
     if settings.runtime.self_test and backend.world_size > 1:
@@ -53,35 +60,34 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
     provide_model, provide_data, provide_loss = providers
     data = provide_data(settings, backend, groups)
     leader = backend.rank == 0
-    report = print if leader else lambda line: None
-    found = checkpoint.latest(run_dir / "checkpoints", report) if resume else None
+    report = say if leader else lambda line: None
+    with waiting(f"checking the checkpoints of {run_dir}", leader and resume):
+        found = checkpoint.latest(run_dir / "checkpoints", report) if resume else None
     if resume and not found and checkpoint.committed(run_dir / "checkpoints"):
         raise RunError(f"{run_dir}/checkpoints: every checkpoint is damaged; to start over, choose another run.dir")
     # a checkpoint replaces every weight: the pre-trained model need not be there any more
     begin = _without_pretrained(settings) if found else settings
-    model = provide_model(begin, backend, part_of(settings, groups))
-    freezing.freeze(model, settings.training.trainable)
-    engine = _engine(model, settings, backend, groups)
-    if found:
-        checkpoint.load_engine(found, engine)
+    with waiting(f"loading {found.path}" if found else "making the model", leader):
+        model = provide_model(begin, backend, part_of(settings, groups))
+        freezing.freeze(model, settings.training.trainable)
+        engine = _engine(model, settings, backend, groups)
+        if found:
+            checkpoint.load_engine(found, engine)
     first_step = found.step if found else 0
     if leader:
-        environment = {
-            "backend": backend.describe(),
-            "ops": model.ops.description,
-            "engine": backend.engine,
-            "layout": groups.layout(),
-            "parameters_total": model_parameters(settings.model, settings.vocab_layout.size),
-            "parameters_per_rank": sum(p.numel() for p in model.parameters()),
-            "parameters_trained": freezing.trained_parameters(settings),
-            "resumed_from": str(found.path) if found else None,
-            "pretrained": pretrained.digests(begin.model.pretrained) if begin.model.pretrained else None,
-        }
+        environment = _environment(begin, backend, groups, model)
+        environment["resumed_from"] = str(found.path) if found else None
         run_folder.write(run_dir, settings, backend.engine, environment)
     run_folder.require_shared(run_dir)
     report(f"{backend.describe()} layout={groups.layout()} {model.ops.description}")
-    for prefix, (rows, cut) in data.captions.items():
-        report(f"{prefix}: {rows:,} rows, {cut:,} captions cut to fit {settings.data.sequence_length} positions")
+    report(f"model: {parameters_in_words(settings)}")
+    if backend.computes_in_software():
+        report(
+            "this processor computes bfloat16 in software: with runtime.dtype=float32 a new run is many times faster"
+        )
+    for prefix, (rows, cut, needed) in data.captions.items():
+        fits = f", {cut:,} captions cut: data.sequence_length={needed} would hold all" if cut else ""
+        report(f"{prefix}: {count(rows, 'row')} of {settings.data.sequence_length} positions{fits}")
     report(f"{'resuming after step ' + str(first_step) if found else 'starting'}: {run_dir}")
     pipeline = Pipeline(model, groups, settings.parallel.schedule)
     draw = _drawer(settings, pipeline) if settings.training.sample_every and groups.data_rank == 0 else None
@@ -91,18 +97,28 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
     train(run, first_step)
     # Not after an error: other ranks may wait in a collective, and NCCL would wait for them before the error shows.
     dist.destroy_process_group()
+    return settings
 
 
-def with_vocabulary(settings: Config) -> Config:
-    """The settings with the vocabulary sizes that were left to the manifest of the first dataset."""
-    manifest = Manifest.read(settings.data.train[0].prefix) if settings.data.train else None
-    text, image = (manifest.text, manifest.image) if manifest else (None, None)
-    vocab = settings.vocab
-    if vocab.text_tokens is None and text:
-        vocab = dataclasses.replace(vocab, text_tokens=text.vocab_size)
-    if vocab.image_codes is None and image:
-        vocab = dataclasses.replace(vocab, image_codes=image.codebook_size)
-    return dataclasses.replace(settings, vocab=vocab)
+def parameters_in_words(settings: Config) -> str:
+    """How many parameters the model has, and how many of them learn."""
+    total = model_parameters(settings.model, settings.vocab_layout.size)
+    trained = freezing.trained_parameters(settings)
+    return f"{total:,} parameters" + (f", {trained:,} of them trained" if trained != total else "")
+
+
+def _environment(settings: Config, backend: Backend, groups: ParallelGroups, model: GPT) -> dict:
+    """What ``environment.json`` says of this launch."""
+    return {
+        "backend": backend.describe(),
+        "ops": model.ops.description,
+        "engine": backend.engine,
+        "layout": groups.layout(),
+        "parameters_total": model_parameters(settings.model, settings.vocab_layout.size),
+        "parameters_per_rank": sum(p.numel() for p in model.parameters()),
+        "parameters_trained": freezing.trained_parameters(settings),
+        "pretrained": pretrained.digests(settings.model.pretrained) if settings.model.pretrained else None,
+    }
 
 
 def _without_pretrained(settings: Config) -> Config:

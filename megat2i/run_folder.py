@@ -22,6 +22,19 @@ from megat2i.trainer import RunError
 CONFIG, ENVIRONMENT, DATA = "config.yaml", "environment.json", "data.json"
 
 
+def with_recorded(settings: Config) -> Config:
+    """The settings of a run to be resumed: what they leave to the machine or to the data is as the run recorded it."""
+    path = Path(settings.run.dir) / CONFIG
+    if not path.exists():
+        return settings
+    recorded, data, runtime = config.load(path), settings.data, settings.runtime
+    if data.sequence_length is None:
+        data = dataclasses.replace(data, sequence_length=recorded.data.sequence_length)
+    if runtime.dtype == "auto":
+        runtime = dataclasses.replace(runtime, dtype=recorded.runtime.dtype)
+    return dataclasses.replace(settings, data=data, runtime=runtime)
+
+
 def check(run_dir: Path, settings: Config, resume: bool) -> None:
     """Nothing that a run wrote is overwritten, and a resumed run is the same run on the same data; raises RunError.
 
@@ -40,7 +53,9 @@ def check(run_dir: Path, settings: Config, resume: bool) -> None:
     if changes:
         raise RunError(
             f"{run_dir} was started otherwise, so --resume would not continue it: {'; '.join(changes)}. Give the "
-            "settings and data of the run, or start a new one: choose another run.dir, or remove this one"
+            "settings and data of the run, or start a new one in another run.dir. To train on from its checkpoint with "
+            f"other settings, such as more steps: python tools/convert_checkpoint.py --from run {run_dir} NEW_DIR "
+            "--to run --config FILE, then --resume in NEW_DIR"
         )
 
 
@@ -73,6 +88,14 @@ def write(run_dir: Path, settings: Config, engine: str, environment: dict) -> No
         files.append(PendingFile(run_dir / name))
         files[-1].write(text.encode())
     commit(files)
+
+
+def make(run_dir: Path) -> None:
+    """Make the folder of a run; raises RunError on every rank that cannot."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{run_dir} cannot be made ({error.strerror}): choose another run.dir") from error
 
 
 def require_shared(run_dir: Path) -> None:
@@ -134,7 +157,9 @@ def _tokenizers(settings: Config) -> dict[str, tuple[str, bytes]]:
         if hashlib.sha256(found[name][1]).hexdigest() != content.sha256:
             raise DataFileError(source, f"is not the {name} tokenizer that wrote {prefix}", "Restore the original file")
     if settings.training.sample_every and "image" not in found:
-        raise RunError(f"training.sample_every needs tokenizers, and {prefix} names none: set it to 0")
+        raise RunError(
+            f"training.sample_every needs tokenizers, and {prefix} names none: set it to 0, or restore {prefix}.json"
+        )
     return found
 
 

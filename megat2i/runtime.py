@@ -7,6 +7,7 @@ import atexit
 import ctypes
 import os
 import platform
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -19,10 +20,23 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
-def fast_bfloat16() -> bool:
-    """Whether this machine multiplies bfloat16: a GPU, or a CPU with AVX512-BF16 or AMX. Others are slower in it."""
-    if torch.cuda.is_available():
-        return True
+# Settings of the libraries that multiply on x86, with the values that leave no bfloat16 instructions to them.
+WITHOUT_BFLOAT16 = {
+    "ONEDNN_MAX_CPU_ISA": ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni"),
+    "ATEN_CPU_CAPABILITY": ("default", "avx2"),
+}
+
+
+def fast_bfloat16(device: str = "auto") -> bool:
+    """Whether bfloat16 is multiplied in hardware: by a GPU, or by a CPU with AVX512-BF16 or AMX that may use them.
+
+    ``device`` as ``runtime.device``. Elsewhere bfloat16 is computed in software, many times slower than float32.
+    """
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    for name, values in WITHOUT_BFLOAT16.items():
+        if os.environ.get(name, "").lower() in values:
+            return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -54,9 +68,12 @@ class Backend:
                 f"rank {rank} is number {local_rank} here, where there are {torch.cuda.device_count()} CUDA devices: "
                 "start as many processes as devices"
             )
+        dtype = config.runtime.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if fast_bfloat16("cuda" if cuda else "cpu") else "float32"
         return Backend(
             device=torch.device("cuda", device_index) if cuda else torch.device("cpu"),
-            dtype=DTYPES[config.runtime.dtype],
+            dtype=DTYPES[dtype],
             communication="nccl" if cuda else "gloo",
             engine=config.optimizer.engine or ("deepspeed" if launcher == "deepspeed" else "torch"),
             launcher=launcher,
@@ -87,11 +104,20 @@ class Backend:
             )
             dist.barrier()  # no rank writes to the run folder before all have checked it
 
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as ``runtime.dtype`` has it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def computes_in_software(self) -> bool:
+        """Whether the dtype is one that the device has no instructions for."""
+        return self.dtype == torch.bfloat16 and not fast_bfloat16(self.device.type)
+
     def describe(self) -> str:
         """One line for the log and for ``environment.json``."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor() or "cpu"
         return (
-            f"device={self.device.type} ({name}) dtype={str(self.dtype).removeprefix('torch.')} "
+            f"device={self.device.type} ({name}) dtype={self.dtype_name} "
             f"communication={self.communication} engine={self.engine} launcher={self.launcher} "
             f"ranks={self.world_size} threads={torch.get_num_threads()}"
         )
@@ -115,6 +141,19 @@ def _keep_freed_memory() -> None:
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, 2**31 - 1)
         mallopt(m_top_pad, 256 << 20)
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for the launch; raises ConfigError as ``Backend.resolve`` does."""
+    return _launched_as()[1] == 0
+
+
+def quiet() -> None:
+    """Keep what concerns the libraries' authors off the console: deprecations, and how DeepSpeed looks for devices."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as it finds out itself, with a warning
 
 
 def _launched_as() -> tuple[str, int, int, int, int]:

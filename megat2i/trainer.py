@@ -1,7 +1,6 @@
 """Training: one optimizer step, validation, and the loop around them."""
 
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from tqdm import tqdm
 
 from megat2i import checkpoint
 from megat2i.config import Config
+from megat2i.console import Console
 from megat2i.data.batches import Batch
 from megat2i.loss import ModalityLoss, count_tokens
 from megat2i.metrics import MetricsLog, StepMetrics, peak_flops
@@ -67,12 +66,13 @@ def _summed(values: Tensor, *groups: ProcessGroup) -> Tensor:
 class Data:
     """Where batches come from: micro-batches of a step, and the fixed validation batches of each split.
 
-    ``captions``: for every training dataset its number of rows and of captions that do not fit a row.
+    ``captions``: for every training dataset its number of rows, of captions that do not fit a row, and the positions
+    that would hold them all.
     """
 
     micro_batches: Callable[[int], list[Batch]]
     validation: dict[str, list[Batch]]
-    captions: dict[str, tuple[int, int]] = field(default_factory=dict)
+    captions: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,57 +101,72 @@ def train(run: Run, first_step: int) -> None:
 
     Step numbers in all records count completed updates: the first is 1.
     """
+    training, run_dir = run.config.training, Path(run.config.run.dir)
+    steps = range(first_step + 1, (training.stop_at or training.steps) + 1)
+    if dist.get_rank() != 0:
+        _train(run, steps, None, None)
+        return
+    log = MetricsLog(run_dir, first_step)
+    console = Console(run_dir, run.config.data.mode, first_step, steps.stop - 1, training.steps)
+    try:
+        _train(run, steps, log, console)
+    finally:
+        console.close()
+    log.close()
+    console.end()
+
+
+def _train(run: Run, steps: range, log: MetricsLog | None, console: Console | None) -> None:
     training = run.config.training
-    last_step = training.stop_at or training.steps
-    leader = dist.get_rank() == 0
-    log = MetricsLog(Path(run.config.run.dir), first_step) if leader else None
-    bar = Progress(first_step, last_step) if leader else None
     columns = sum(stop - start for start, stop in run.config.vocab_layout.ranges)
     flops = flops_per_token(run.config.model, columns, run.config.data.sequence_length)
     peak = peak_flops(run.backend.device, run.backend.dtype)
     non_finite = 0
-    for step in range(first_step + 1, last_step + 1):
+    for step in steps:
         started = time.perf_counter()
         lr = learning_rate(step - 1, run.config.optimizer, training)
         batches = run.data.micro_batches(step - 1)
         metrics, grad_norm = train_step(run.pipeline, run.engine, batches, run.loss, run.groups, lr)
         seconds = time.perf_counter() - started
         non_finite = 0 if math.isfinite(grad_norm) else non_finite + 1
-        if leader:
+        if log:
             tokens_per_s = int(metrics.counts.sum()) / seconds
             entry = {"step": step, "lr": lr, **metrics.as_dict(), **run.loss.report(), "grad_norm": grad_norm}
             entry |= {"tokens_per_s": tokens_per_s, "step_s": seconds}
             entry["mfu"] = tokens_per_s * flops / (peak * dist.get_world_size()) if peak else None
             log.write(entry)
-            bar.update(entry)
+            console.step(entry)
         if non_finite == NON_FINITE_STEPS:  # the same on all ranks: the norm is global
             checkpoint.finish()
             raise RunError(
                 f"the gradient was not finite for {non_finite} steps up to step {step}; all of them were skipped. "
                 "Start a new run with a lower optimizer.lr or more training.warmup_steps"
             )
-        _after_step(run, step, step == last_step, log)
-    if leader:
-        bar.close()
-        log.close()
+        _after_step(run, step, step == steps.stop - 1, log, console)
 
 
-def _after_step(run: Run, step: int, last: bool, log: MetricsLog | None) -> None:
+def _after_step(run: Run, step: int, last: bool, log: MetricsLog | None, console: Console | None) -> None:
     """Validation and samples where they are due and at the schedule's end; checkpoints also where the run stops."""
     training = run.config.training
 
     def due(every: int) -> bool:
         return step == training.steps or (every > 0 and step % every == 0)
 
+    say_doing = console.doing if console else lambda what: None
     for split, batches in run.data.validation.items() if due(training.evaluate_every) else ():
+        say_doing("measuring the held-out loss")
         metrics = evaluate(run.pipeline, batches, run.loss, run.groups)
         if log:
-            log.write({"step": step, "split": split, **metrics.as_dict()})
+            entry = {"step": step, "split": split, **metrics.as_dict()}
+            log.write(entry)
+            console.held_out(entry)
     if run.draw and due(training.sample_every):
+        say_doing("drawing samples")
         images = run.draw()
         if log:
             log.images(step, images, run.config.sampling.prompts)
     if last or due(training.checkpoint_every):
+        say_doing("writing a checkpoint")
         if run.config.runtime.self_test:
             require_equal_copies(run)  # nothing wrong gets into a checkpoint
         if log:
@@ -173,26 +188,3 @@ def require_equal_copies(run: Run) -> None:
             f"{what} (said by rank {dist.get_rank()}): a fault of hardware or communication since the last checkpoint, "
             "which is sound; find it, then continue with --resume"
         )
-
-
-class Progress:
-    """The progress bar: step, loss of each modality, tokens/s, time left."""
-
-    def __init__(self, first_step: int, last_step: int):
-        interval = 0.5 if sys.stderr.isatty() else 20.0  # in a log file every refresh is a line
-        self.bar = tqdm(
-            initial=first_step,
-            total=last_step,
-            desc="training",
-            unit="step",
-            mininterval=interval,
-            maxinterval=interval,
-        )
-
-    def update(self, entry: dict) -> None:
-        parts = [f"{m} {entry[f'loss/{m}']:.3f}" for m in ("text", "image") if entry[f"loss/{m}"] is not None]
-        self.bar.set_postfix_str(f"{', '.join(parts)}, {entry['tokens_per_s']:,.0f} tokens/s", refresh=False)
-        self.bar.update()
-
-    def close(self) -> None:
-        self.bar.close()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megat2i.files import DataFileError
+from megat2i.progress import progress
 
 REMEDY = "Pass the original file, or download it again"
 WRAPPERS = ("state_dict", "model")  # names under which training checkpoints hold their weights
@@ -86,6 +87,9 @@ class WeightFiles:
 
     def _open_folder(self) -> None:
         if not (self.path / INDEX).exists():
+            if not (self.path / SINGLE).exists() and (pickled := sorted(self.path.glob("pytorch_model*.bin"))):
+                problem = f"there is only {pickled[0].name}, a pickle, which is never opened"
+                raise DataFileError(self.path, problem, "Save it again by save_pretrained(safe_serialization=True)")
             self._add_safetensors(self.path / SINGLE)
             return
         try:
@@ -156,7 +160,7 @@ def _write_shard(path: Path, specs: dict[str, Spec], read: Callable[[str], Tenso
     content += b" " * (-len(content) % 8)
     with open(path, "wb") as file:
         file.write(len(content).to_bytes(8, "little") + content)
-        for name, spec in specs.items():
+        for name, spec in progress(specs.items(), f"writing {path.name}", "tensors"):
             tensor = read(name)
             if tensor.shape != spec.shape:
                 raise ValueError(f"{name} has shape {list(tensor.shape)}, announced was {list(spec.shape)}")

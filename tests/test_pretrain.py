@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -126,6 +127,37 @@ def test_a_run_leaves_its_whole_record(unbroken):
     assert events.Tags()["images"] == ["samples/red hut"]
 
 
+def test_the_console_tells_how_it_ended_and_what_is_next(started, tmp_path):
+    run = tmp_path / "run"
+    output, errors = finish(started(run, "training.evaluate_every=3", "training.stop_at=5"))
+    record = entries(run)
+    held_out = next(entry for entry in record if entry.get("split") == "valid")
+    said = (
+        f"step 3: held-out loss text {held_out['loss/text']:.3f}, image {held_out['loss/image']:.3f} (training: text "
+    )
+    lines = output.splitlines()
+    assert any(line.startswith(said) for line in lines)
+    assert re.search(r"^model: [\d,]+ parameters$", output, re.M)
+    assert lines[-4].startswith("stopped after step 5 of 6, in ") and lines[-4].endswith(f": the run is in {run}")
+    losses = [entry["loss/image"] for entry in record if "split" not in entry]
+    assert f"image {sum(losses) / 5:.3f}" in lines[-3] and "mean of the last 5 steps" in lines[-3]
+    assert lines[-2].startswith("held-out loss at step 3: ") and "--resume" in lines[-1]
+    output, _ = finish(started(run, "training.evaluate_every=3", "--resume"))
+    lines = output.splitlines()
+    assert lines[-5].startswith("finished after step 6 of 6, ") and "last 6 steps" in lines[-4]
+    assert lines[-2] == f"next: python tools/generate.py --run {run} --prompts 'a red apple'"
+    assert "\r" not in output + errors
+
+
+def test_a_quiet_launch_begins_with_our_own_lines(started, launcher, tmp_path):
+    quiet = (launcher[0], "--quiet", *launcher[1:])
+    output, errors = finish(started(tmp_path / "run", "training.stop_at=1", launcher=quiet))
+    ours = [line for line in output.splitlines() if "Setting accelerator to CPU" not in line]  # the launcher's
+    assert len(output.splitlines()) - len(ours) <= 2 and ours[0].startswith("device=cpu") and not errors
+    verbose, errors = finish(started(tmp_path / "other", "training.stop_at=1", "--verbose", launcher=quiet))
+    assert len(verbose.splitlines()) > len(output.splitlines())
+
+
 def test_two_ranks_under_deepspeeds_launcher(started, launcher, unbroken, tmp_path):
     finish(started(tmp_path / "run", "training.evaluate_every=2", launcher=launcher))
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
@@ -194,6 +226,38 @@ def test_a_killed_run_of_two_ranks_goes_on_to_the_same_numbers(started, launcher
     assert entries(tmp_path / "broken")[-1]["step"] < 24
     finish(started(tmp_path / "broken", *steps, "--resume", launcher=launcher))
     assert without_times(tmp_path / "broken") == without_times(tmp_path / "whole")
+
+
+def interrupted(process, run_dir: Path) -> tuple[str, str]:
+    """What a run says that Ctrl-C ends after its third step; the signal goes to the launcher and its ranks alike."""
+    wait_for_step(run_dir, 3, process)
+    os.killpg(process.pid, signal.SIGINT)
+    return process.communicate(timeout=60)
+
+
+def test_ctrl_c_is_one_sentence(started, tmp_path):
+    arguments = ("training.steps=100000", "training.checkpoint_every=2")
+    process = started(tmp_path / "run", *arguments)
+    output, errors = interrupted(process, tmp_path / "run")
+    assert process.returncode == 130
+    said = re.search(
+        r"^stopped after step ([\d,]+); the last checkpoint is step ([\d,]+); --resume continues", errors, re.M
+    )
+    assert said and "Traceback" not in output + errors and "KeyboardInterrupt" not in output + errors
+    stop, saved = (int(number.replace(",", "")) for number in said.groups())
+    assert stop >= 3 and stop - 3 <= saved <= stop and saved % 2 == 0
+    finish(started(tmp_path / "run", *arguments, f"training.stop_at={stop + 4}", "--resume"))
+    assert entries(tmp_path / "run")[-1]["step"] == stop + 4
+
+
+def test_ctrl_c_under_deepspeeds_launcher_is_said_by_the_first_rank_alone(started, launcher, tmp_path):
+    process = started(tmp_path / "run", "training.steps=100000", launcher=(launcher[0], "--quiet", *launcher[1:]))
+    output, errors = interrupted(process, tmp_path / "run")
+    sentences = [line for line in (output + errors).splitlines() if line.startswith("stopped after step ")]
+    assert len(sentences) == 1 and sentences[0].endswith(
+        f"there is no checkpoint yet: remove {tmp_path / 'run'} to start anew"
+    )
+    assert errors.count("Traceback") == errors.count("deepspeed/launcher/runner.py") <= 1  # its own; ours print none
 
 
 def test_stopping_and_resuming_under_another_engine(started, unbroken, tmp_path):

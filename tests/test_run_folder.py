@@ -40,6 +40,21 @@ def test_the_same_run_may_be_resumed(settings):
     assert {path.name for path in (folder(settings) / "tokenizers").rglob("*.*")} == {"text.json", "image.safetensors"}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_keeps_what_it_began_with(settings, dtype):
+    def wish(dtype, length):
+        data, runtime = replace(settings.data, sequence_length=length), replace(settings.runtime, dtype=dtype)
+        return replace(settings, data=data, runtime=runtime)
+
+    write(wish(dtype, 24))
+    resumed = run_folder.with_recorded(wish("auto", None))
+    assert (resumed.runtime.dtype, resumed.data.sequence_length) == (dtype, 24)
+    run_folder.check(folder(settings), resumed, resume=True)
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
+    with pytest.raises(RunError, match=f"runtime.dtype: {dtype} -> {other}"):
+        run_folder.check(folder(settings), run_folder.with_recorded(wish(other, None)), resume=True)
+
+
 @pytest.mark.parametrize("split", ["train", "valid", "prose/valid"])
 def test_changed_data_under_the_same_name_is_refused(settings, tmp_path, split):
     write(settings)

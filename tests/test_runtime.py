@@ -9,7 +9,7 @@ import torch.distributed as dist
 from distributed import run_ranks
 
 from megat2i.config import ConfigError, ParallelConfig
-from megat2i.runtime import Backend
+from megat2i.runtime import WITHOUT_BFLOAT16, Backend, fast_bfloat16
 from megat2i.topology import ParallelGroups
 
 LAUNCHER_VARIABLES = [
@@ -153,3 +153,44 @@ def test_tensor_parallel_ranks_are_innermost():
     ranks = run_ranks(4, run)
     assert [r[0] for r in ranks] == [0, 0, 1, 1] and {r[1:3] for r in ranks} == {(2, "1.2.2")}
     assert [r[3] for r in ranks] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+
+
+@pytest.fixture
+def new_processor(monkeypatch):
+    """A processor with AMX, whose instructions nothing hides."""
+    for name in WITHOUT_BFLOAT16:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+
+
+def automatic(config):
+    return replace(config, runtime=replace(config.runtime, dtype="auto"))
+
+
+def test_auto_is_bfloat16_where_the_processor_multiplies_it(environment, tiny_config, new_processor, monkeypatch):
+    environment()
+    assert Backend.resolve(automatic(tiny_config)).dtype_name == "bfloat16"
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    backend = Backend.resolve(automatic(tiny_config))
+    assert backend.dtype == torch.float32 and not backend.computes_in_software()
+    wish = replace(tiny_config, runtime=replace(tiny_config.runtime, dtype="bfloat16"))
+    assert Backend.resolve(wish).computes_in_software()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fast"),
+    [
+        ("ONEDNN_MAX_CPU_ISA", "AVX2", False),
+        ("ONEDNN_MAX_CPU_ISA", "avx512_core_vnni", False),
+        ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16", True),
+        ("ONEDNN_MAX_CPU_ISA", "DEFAULT", True),
+        ("ATEN_CPU_CAPABILITY", "avx2", False),
+        ("ATEN_CPU_CAPABILITY", "default", False),
+        ("ATEN_CPU_CAPABILITY", "avx512", True),
+    ],
+)
+def test_instructions_that_are_hidden_do_not_count(new_processor, monkeypatch, name, value, fast):
+    assert fast_bfloat16("cpu")
+    monkeypatch.setenv(name, value)
+    assert fast_bfloat16("cpu") is fast

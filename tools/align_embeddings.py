@@ -15,6 +15,9 @@ import json
 import sys
 from pathlib import Path
 
+import megat2i  # noqa: F401 (before torch: it sets how threads wait)
+
+# isort: split
 import safetensors.torch
 import torch
 
@@ -22,11 +25,12 @@ from megat2i import run_folder
 from megat2i.checkpoint import CheckpointError
 from megat2i.config import Config, ConfigError, load
 from megat2i.data.manifest import Manifest
+from megat2i.data.sizes import with_data_sizes
 from megat2i.experiments import nearest_tokens
 from megat2i.experiments.alignment import TABLE, Providers, initial_rows, require
 from megat2i.files import DataFileError, write_file
 from megat2i.model.pretrained import open_pretrained
-from megat2i.pretrain import pretrain, with_vocabulary
+from megat2i.pretrain import pretrain
 from megat2i.runtime import Backend
 from megat2i.tokenizers.text import load_text_tokenizer
 from megat2i.trainer import RunError
@@ -36,7 +40,7 @@ EMBEDDINGS = "image_embeddings.safetensors"
 
 def align(settings: Config, resume: bool) -> None:
     """Train what is not finished, then compare; collective over all ranks of the launch."""
-    settings = with_vocabulary(settings)
+    settings = with_data_sizes(settings)
     backend = Backend.resolve(settings)
     require(settings, backend.world_size)
     folders = {"aligned": Path(settings.run.dir), "shuffled": Path(settings.run.dir) / "control"}

@@ -9,6 +9,7 @@ where no step is in both.
 import argparse
 import json
 import math
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -115,6 +116,7 @@ def ranges(steps: list[int]) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `compare_runs.py A B | head` ends without a word
     try:
         sys.exit(main())
     except DataFileError as error:

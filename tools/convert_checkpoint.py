@@ -19,18 +19,22 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import megat2i  # noqa: F401 (before torch: it sets how threads wait)
+
+# isort: split
 import torch
 from omegaconf import OmegaConf
 
 from megat2i import checkpoint, config, run_folder
 from megat2i.checkpoint import CheckpointError
 from megat2i.config import Config, ConfigError, ModelConfig
+from megat2i.data.sizes import with_data_sizes
 from megat2i.files import DataFileError, pending_folder, read_json_object
+from megat2i.interrupt import said_on_interrupt
 from megat2i.model import expand, huggingface, open_lm, weights
 from megat2i.model.pretrained import TOKENIZER, open_pretrained, shape_differences
 from megat2i.model.weights import TABLES, ModelWeights
 from megat2i.optim.engine import WEIGHT
-from megat2i.pretrain import with_vocabulary
 from megat2i.runtime import DTYPES
 from megat2i.tokenizers import export
 from megat2i.trainer import RunError
@@ -127,7 +131,9 @@ def language_model(source: ModelWeights) -> ModelWeights:
 def extend_run(folder: Path, output: Path, path: Path) -> None:
     """Make the run folder ``output`` for the configuration ``path``: the checkpoint of ``folder`` with more codes."""
     before = config.load(folder / "config.yaml")
-    after = with_vocabulary(config.load(path, [f"run.dir={output}"]))
+    after = with_data_sizes(config.load(path, [f"run.dir={output}"]))
+    if after.runtime.dtype == "auto":
+        after = dataclasses.replace(after, runtime=before.runtime)
     old, new = before.vocab_layout, after.vocab_layout
     differences = shape_differences(after.model, before.model)
     if differences:
@@ -168,6 +174,7 @@ def model_section(shape: ModelConfig, folder: Path) -> str:
 
 if __name__ == "__main__":
     try:
-        main()
+        with said_on_interrupt("interrupted; nothing was written"):
+            main()
     except (ConfigError, DataFileError, CheckpointError, RunError) as error:
         sys.exit(f"error: {error}")

@@ -10,6 +10,9 @@ import random
 import sys
 from pathlib import Path
 
+import megat2i  # noqa: F401 (before torch: it sets how threads wait)
+
+# isort: split
 import matplotlib
 import numpy as np
 import torch

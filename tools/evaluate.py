@@ -16,6 +16,7 @@ from megat2i.evaluate.protocol import PROTOCOLS
 from megat2i.evaluate.quality import BATCH_SIZE, REPLICATES, FeatureNet, measure_fid
 from megat2i.evaluate.reconstruction import measure_reconstruction
 from megat2i.files import DataFileError, store_path, write_file
+from megat2i.interrupt import said_on_interrupt
 from megat2i.tokenizers.image import load_image_tokenizer
 
 NUMBERS = ("fid", "precision", "recall", "psnr", "ssim", "clip_score", "standard_error")
@@ -96,6 +97,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        with said_on_interrupt("interrupted; nothing was measured"):
+            main()
     except (ConfigError, DataFileError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")

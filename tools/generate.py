@@ -13,16 +13,20 @@ import re
 import sys
 from pathlib import Path
 
+import megat2i  # noqa: F401 (before torch: it sets how threads wait)
+
+# isort: split
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from megat2i.checkpoint import CheckpointError
 from megat2i.config import ConfigError
 from megat2i.files import DataFileError, write_file
 from megat2i.generate import BATCH_SIZE, Sampler
+from megat2i.interrupt import said_on_interrupt
 from megat2i.pictures import enlarge, save_png, sheet
+from megat2i.progress import Progress, count, waiting
 from megat2i.runtime import DTYPES
 
 GRID_COLUMNS, GRID_IMAGES = 8, 64
@@ -58,7 +62,9 @@ def main() -> None:
     if arguments.images_per_prompt < 1 or arguments.batch_size < 1:
         raise ConfigError("--images-per-prompt and --batch-size must be at least 1")
     dtype = arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
-    sampler, settings = Sampler.from_run(arguments.run, torch.device(arguments.device), DTYPES[dtype])
+    with waiting(f"loading {arguments.run}"):
+        sampler, settings = Sampler.from_run(arguments.run, torch.device(arguments.device), DTYPES[dtype])
+        weights = digest(sampler.model)
     given = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "guidance")}
     sampling = dataclasses.replace(settings.sampling, **{k: v for k, v in given.items() if v is not None})
     sampling.check()
@@ -70,24 +76,28 @@ def main() -> None:
     jobs = [(p, arguments.seed + number) for p in prompts for number in range(arguments.images_per_prompt)]
     drawn = dataclasses.asdict(sampling) | {"batch_size": arguments.batch_size, "dtype": dtype}
     del drawn["prompts"]
-    drawn |= {"device": arguments.device, "weights_sha256": digest(sampler.model)}
+    drawn |= {"device": arguments.device, "weights_sha256": weights}
     output = arguments.output or arguments.run / "samples"
     names = begin(output, jobs, drawn)
     missing = [number for number, name in enumerate(names) if not (output / name).exists()]
-    for start in tqdm(range(0, len(missing), arguments.batch_size), disable=None, unit="batch"):
-        batch = missing[start : start + arguments.batch_size]
-        prompts, seeds = zip(*(jobs[number] for number in batch), strict=True)
-        for number, image in zip(batch, sampler.images(prompts, seeds, sampling, arguments.batch_size), strict=True):
-            save_png(enlarge(image, image.shape[-1]), output / names[number])
+    with Progress(len(jobs), "drawing", "images", len(jobs) - len(missing)) as shown:
+        for start in range(0, len(missing), arguments.batch_size):
+            batch = missing[start : start + arguments.batch_size]
+            prompts, seeds = zip(*(jobs[number] for number in batch), strict=True)
+            images = sampler.images(prompts, seeds, sampling, arguments.batch_size)
+            for number, image in zip(batch, images, strict=True):
+                save_png(enlarge(image, image.shape[-1]), output / names[number])
+            shown.update(len(batch))
     first = [np.asarray(Image.open(output / name)).transpose(2, 0, 1) for name in names[:GRID_IMAGES]]
     cells = [(prompt, [image]) for (prompt, _), image in zip(jobs, first, strict=False)]
     save_png(sheet(cells, GRID_COLUMNS), output / "grid.png")
-    print(f"{len(jobs)} images and grid.png in {output}")
+    print(f"{count(len(jobs), 'image')} and grid.png in {output}")
 
 
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a file, in its order; raises DataFileError."""
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    text = path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows' editors write
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if path.suffix != ".jsonl":
         return lines
     try:
@@ -98,7 +108,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def begin(output: Path, jobs: list[tuple[str, int]], drawn: dict) -> list[str]:
-    """Files of all the images; what ``output`` holds of another call's, or of other weights', is removed."""
+    """Files of all the images; those that ``output`` lists of another call, or of other weights, are removed."""
     names = [
         f"{number:05d}-{re.sub(r'[^a-z0-9]+', '-', prompt.lower())[:60].strip('-')}-{seed}.png"
         for number, (prompt, seed) in enumerate(jobs)
@@ -110,10 +120,22 @@ def begin(output: Path, jobs: list[tuple[str, int]], drawn: dict) -> list[str]:
     content, listing = ("\n".join(lines) + "\n").encode(), output / "samples.jsonl"
     if not listing.exists() or listing.read_bytes() != content:
         output.mkdir(parents=True, exist_ok=True)
+        earlier = listed(listing) if listing.exists() else []
         listing.unlink(missing_ok=True)  # first: images without a list of them are nobody's
-        for name in names:
+        for name in [*earlier, *names]:
             (output / name).unlink(missing_ok=True)
         write_file(listing, content)
+    return names
+
+
+def listed(listing: Path) -> list[str]:
+    """The images that an earlier call listed; raises DataFileError where the file is no such list."""
+    try:
+        names = [json.loads(line)["file"] for line in listing.read_text().splitlines()]
+        if any(Path(name).name != name for name in names):
+            raise ValueError("a file in another folder")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataFileError(listing, f"no list of samples ({error!r})", "Choose another --output") from error
     return names
 
 
@@ -128,6 +150,7 @@ def digest(model: torch.nn.Module) -> str:
 
 if __name__ == "__main__":
     try:
-        main()
+        with said_on_interrupt("interrupted; the same command goes on where it was"):
+            main()
     except (ConfigError, DataFileError, CheckpointError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")

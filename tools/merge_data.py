@@ -14,6 +14,7 @@ from pathlib import Path
 from megat2i.data.array_job import shard_prefixes
 from megat2i.data.codebook_use import CodebookUse
 from megat2i.data.merge import merge_datasets
+from megat2i.data.sizes import captions_in_words
 from megat2i.files import DataFileError
 
 
@@ -36,6 +37,7 @@ def main() -> None:
     counts = f"{manifest.tokens.text:,} text ids, {manifest.tokens.image:,} image codes"
     print(f"{args.output_prefix}: {len(prefixes):,} datasets, {manifest.documents:,} captioned images, {counts}")
     print(f"codebook: {codebook}")
+    print("\n".join(captions_in_words(manifest)))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megat2i import config
 from megat2i.config import ConfigError
+from megat2i.data.sizes import with_data_sizes
 from megat2i.files import DataFileError, write_file
 from megat2i.planner.hardware import GPUS
 from megat2i.planner.layout import Job
@@ -28,19 +29,21 @@ def main() -> None:
     """Print a plan or the validation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="YAML file of the model and the batch")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="set a field of the configuration")
     parser.add_argument("--gpus", type=int, default=64, help="number of GPUs, eight in a node (default: 64)")
     parser.add_argument("--gpu", choices=tuple(GPUS), default="a100-80")
     parser.add_argument("--json", type=Path, help="write all layouts here")
     parser.add_argument("--write", action="store_true", help="write the plan into the config as a comment")
     parser.add_argument("--validate", action="store_true", help="compare with published training runs and leave")
     parser.add_argument("--measured", type=Path, metavar="FILE", help="a record of the benchmarks on such a GPU")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.validate:
         print(validation(), end="")
         return
     if arguments.config is None or arguments.gpus < 1:
         parser.error("name a --config, and 1 or more --gpus")
-    settings, gpu, text = config.load(arguments.config), GPUS[arguments.gpu], ""
+    settings = with_data_sizes(config.load(arguments.config, arguments.overrides))
+    gpu, text = GPUS[arguments.gpu], ""
     if arguments.measured:
         measured = Measured.read(arguments.measured)
         gpu = measured.calibrated(gpu)
@@ -52,7 +55,7 @@ def main() -> None:
         content = json.dumps({"layouts": [p.as_dict() for p in planned]}, indent=1) + "\n"
         write_file(arguments.json, content.encode())
     if arguments.write:
-        machine = f"--gpus {arguments.gpus} --gpu {arguments.gpu}"
+        machine = f"{' '.join([*arguments.overrides, ''])}--gpus {arguments.gpus} --gpu {arguments.gpu}"
         machine += f" --measured {arguments.measured}" if arguments.measured else ""
         command = f"python tools/plan.py --config configs/{arguments.config.name} {machine}"
         write_file(arguments.config, with_comment(arguments.config.read_text(), f"{command}\n\n{text}").encode())

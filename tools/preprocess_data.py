@@ -22,6 +22,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import megat2i  # noqa: F401 (before torch: it sets how threads wait)
+
+# isort: split
 import torch
 
 from megat2i.data.array_job import share_of, write_once, write_share
@@ -33,7 +36,8 @@ from megat2i.data.openmoji import SPLITS
 from megat2i.data.preprocess import preprocess
 from megat2i.data.samples import Part
 from megat2i.data.shards import check_tars, whole_files
-from megat2i.data.sources import find_parts
+from megat2i.data.sizes import captions_in_words
+from megat2i.data.sources import find_parts, other_files
 from megat2i.files import DataFileError
 from megat2i.tokenizers.image import NETWORKS, load_image_tokenizer
 from megat2i.tokenizers.movqgan import MoVQGAN
@@ -237,7 +241,8 @@ def run_whole(args: argparse.Namespace, parts: list[Part], encoding: Encoding, w
         f"{manifest.text.vocab_size:,}, {manifest.tokens.image:,} image codes of {manifest.image.codebook_size:,}, "
         f"{manifest.dtype}; {summary.refused:,} samples refused"
         + (f", listed in {summary.ledger}" if summary.refused else "")
-        + f"\ncodebook: {summary.codebook}"
+        + f"\ncodebook: {summary.codebook}\n"
+        + "\n".join(captions_in_words(manifest, summary.longest))
     )
 
 
@@ -264,6 +269,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("preprocess_data.py: interrupted; the same command goes on where it was")
     print(said)
+    if left_out := other_files(args.input):
+        print(left_out)
 
 
 if __name__ == "__main__":

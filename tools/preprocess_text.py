@@ -12,12 +12,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from megat2i.data.manifest import Source
 from megat2i.data.sources import describe_source
 from megat2i.data.text_store import write_text_store
 from megat2i.files import DataFileError, store_path
+from megat2i.progress import count, progress
 from megat2i.tokenizers.text import load_text_tokenizer
 
 
@@ -35,14 +34,14 @@ def main() -> None:
     prefix.parent.mkdir(parents=True, exist_ok=True)
     sources: list[Source] = []
     written = write_text_store(read_documents(arguments.input, sources), tokenizer, prefix, sources)
-    print(f"{prefix}: {written.documents:,} documents, {written.tokens.text:,} ids of {tokenizer.vocab_size:,}")
+    print(f"{prefix}: {count(written.documents, 'document')}, {written.tokens.text:,} ids of {tokenizer.vocab_size:,}")
 
 
 def read_documents(paths: Sequence[Path], sources: list[Source]) -> Iterator[str]:
     """The texts of the files in their order; each file that was read joins ``sources``. Raises DataFileError."""
     for path in paths:
         number = 0
-        for text in tqdm(_texts(path), desc=path.name, unit="documents", disable=None):
+        for text in progress(_texts(path), path.name, "documents"):
             number += 1
             if text:
                 yield text + "\n"

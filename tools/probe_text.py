@@ -13,6 +13,9 @@ import json
 import sys
 from pathlib import Path
 
+import megat2i  # noqa: F401 (before torch: it sets how threads wait)
+
+# isort: split
 import torch
 
 from megat2i.checkpoint import CheckpointError

@@ -23,6 +23,7 @@ from megat2i import config, config_rules
 from megat2i.checkpoint import CheckpointError
 from megat2i.config import ConfigError
 from megat2i.data.manifest import Manifest
+from megat2i.data.sizes import with_data_sizes
 from megat2i.experiments import alignment, cluster
 from megat2i.experiments.arms import ALIGNMENT, EXPERIMENTS, PAPER, SCALES, Arm, adapted, arms_of
 from megat2i.experiments.claims import Claim
@@ -33,7 +34,6 @@ from megat2i.experiments.record import MissingRun, Record
 from megat2i.experiments.report import table, write_report
 from megat2i.files import DataFileError
 from megat2i.model.cost import model_parameters
-from megat2i.pretrain import with_vocabulary
 from megat2i.runtime import fast_bfloat16
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,7 +157,7 @@ def check(job: Job) -> config.Config:
     """The configuration of a training run; raises ConfigError where it could not be trained."""
     command = list(job.command)
     file, *overrides = (one for one in command[command.index("--config") + 1 :] if not one.startswith("--"))
-    settings = with_vocabulary(config.load(file, overrides))
+    settings = with_data_sizes(config.load(file, overrides))
     config_rules.validate(settings, 1)
     if job.name.startswith(ALIGNMENT):
         alignment.require(settings, 1)

@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
+import megat2i  # noqa: F401 (before torch: it sets how threads wait)
+
+# isort: split
 import numpy as np
-from tqdm import tqdm
 
 from megat2i.data.array_job import finished_shards
 from megat2i.data.codebook_use import CodebookUse, token_blocks
@@ -26,6 +28,7 @@ from megat2i.data.manifest import Manifest, TokenCounts, digest_file
 from megat2i.data.stored_pictures import stored_pictures
 from megat2i.files import DataFileError, store_path
 from megat2i.pictures import save_png, sheet
+from megat2i.progress import Progress
 from megat2i.vocab import IMAGE, TEXT
 from megat2i.weights_file import file_sha256
 
@@ -80,7 +83,7 @@ def _byte_faults(prefix: Path, manifest: Manifest) -> Iterator[str]:
     path, block = store_path(prefix, ".bin"), manifest.bin_blocks.block_bytes
     if not path.exists():
         return
-    with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=f"digests of {path.name}", delay=1) as bar:
+    with Progress(path.stat().st_size, f"digests of {path.name}", "bytes") as bar:
         found = digest_file(path, block, bar.update).sha256
     for number, (expected, actual) in enumerate(zip_longest(manifest.bin_blocks.sha256, found)):
         if expected != actual:
@@ -129,7 +132,7 @@ def _token_faults(store: IndexedDataset, manifest: Manifest) -> Iterator[str]:
     least, largest, numbers = [None, None], [None, None], [0, 0]
     counts = np.zeros(manifest.image.codebook_size if manifest.image else 0, np.int64)
     name = store.bin_path.name
-    with tqdm(total=len(store.tokens), unit=" tokens", unit_scale=True, desc=f"ids of {name}", delay=1) as bar:
+    with Progress(len(store.tokens), f"ids of {name}", "tokens") as bar:
         for tokens, is_image in token_blocks(store):
             for modality, ids in ((TEXT, tokens[~is_image]), (IMAGE, tokens[is_image])):
                 if len(ids):

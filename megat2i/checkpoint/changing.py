@@ -9,6 +9,7 @@ from megat2i.checkpoint.folder import Checkpoint, write_manifest, write_rank
 from megat2i.checkpoint.loading import read_tensor
 from megat2i.optim.engine import Fragment
 from megat2i.parallel.shard import Shard
+from megat2i.progress import progress
 
 
 def write_changed(found: Checkpoint, folder: Path, change: Callable[[str, str, Tensor], Tensor]) -> None:
@@ -21,7 +22,7 @@ def write_changed(found: Checkpoint, folder: Path, change: Callable[[str, str, T
     kinds: dict[str, set[str]] = {}
     for part in found.manifest["parts"]:
         kinds.setdefault(part["name"], set()).add(part["kind"])
-    for number, name in enumerate(sorted(kinds)):
+    for number, name in enumerate(progress(sorted(kinds), f"writing {folder}", "tensors")):
         fragments = []
         for kind in sorted(kinds[name]):
             values = change(name, kind, read_tensor(found, name, kind))

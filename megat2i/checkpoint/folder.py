@@ -117,6 +117,7 @@ def write_rank(folder: Path, rank: int, fragments: list[Fragment]) -> None:
             )
     if tensors:
         save_file(tensors, folder / file)
+        os.chmod(folder / file, os.stat(folder).st_mode & 0o666)  # the library leaves it to its owner alone
         with open(folder / file, "rb") as written:
             os.fsync(written.fileno())
     write_json(listing(folder, rank), parts)

@@ -90,6 +90,7 @@ class _Written:
     tokens: list[int] = field(default_factory=lambda: [0, 0])  # by modality
     least: list[int | None] = field(default_factory=lambda: [None, None])
     largest: list[int | None] = field(default_factory=lambda: [None, None])
+    unknown: int = 0  # text ids that stand for what the tokenizer does not know
 
     def add(self, modality: int, ids: np.ndarray) -> None:
         if len(ids):
@@ -138,6 +139,7 @@ def _write_part(
                 writer.add_document([ids, image_codes], [TEXT, IMAGE])
                 written.documents += 1
                 written.add(TEXT, ids)
+                written.unknown += int((ids == text.unknown_id).sum()) if text.unknown_id is not None else 0
                 written.add(IMAGE, image_codes)
         name = Path(os.path.abspath(part.source)).name
         source = Source(name, written.documents, *(described.result() if described else ()))
@@ -221,6 +223,7 @@ def _manifest(source: Source, encoding: Encoding, prefix: Path, written: _Writte
             tokenizer=relative_path(text.path, prefix),
             kind=text.kind,
             sha256=text.sha256,
+            unknown=None if text.unknown_id is None else written.unknown,
         ),
         image=ImageContent(
             codebook_size=image.codebook_size,

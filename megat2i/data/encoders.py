@@ -5,7 +5,6 @@ encoder is as busy as the decoder, so every worker is a process of its own with 
 """
 
 import os
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -15,15 +14,13 @@ from multiprocessing import active_children, connection, get_context, parent_pro
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from megat2i.data.encode_part import EncodedPart, Encoding, encode_part, open_tokenizers, use_device
 from megat2i.data.samples import Part
 from megat2i.files import DataFileError
+from megat2i.progress import Progress
 from megat2i.tokenizers.image import NETWORKS
 
-# As tqdm's own, but always images a second: a network on a CPU makes less than one.
-BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 Job = tuple[Part, Path]  # a part and the prefix of its store
 
 
@@ -39,7 +36,7 @@ def encode_parts(jobs: Sequence[Job], encoding: Encoding, workers: int) -> Itera
     with progress.bar as bar:
         for number, encoded in run(jobs, encoding, processes, threads, progress):
             refused += encoded.refused
-            bar.set_postfix(refresh=False, refused=refused)
+            bar.note(f"{refused:,} refused")
             progress.part_done(jobs[number][0], encoded)
             yield number, encoded
 
@@ -52,17 +49,15 @@ class _Progress:
         self._unknown = sum(part.expected is None for part in parts)
         self._counted, self._samples = 0, 0
         total = None if self._unknown else self._known
-        interval = 0.2 if sys.stderr.isatty() else 10.0  # in a log file every refresh is a line
-        self.bar = tqdm(total=total, unit=" images", smoothing=0.05, mininterval=interval, bar_format=BAR)
+        self.bar = Progress(total, "encoding", "images")
 
     def part_done(self, part: Part, encoded: EncodedPart) -> None:
-        if encoded.kept:  # counted as done, but not as done in this time: the rate, hence the time left, is that of now
-            for name in ("initial", "n", "last_print_n"):
-                setattr(self.bar, name, getattr(self.bar, name) + encoded.samples)
+        if encoded.kept:
+            self.bar.skip(encoded.samples)
         if part.expected is None:
             self._counted, self._samples = self._counted + 1, self._samples + encoded.samples
             estimate = self._known + round(self._samples / self._counted * self._unknown)
-            self.bar.total = max(estimate, self.bar.n)
+            self.bar.total = max(estimate, self.bar.done)
 
 
 def _run_here(jobs, encoding: Encoding, _: int, threads: int, progress: _Progress):

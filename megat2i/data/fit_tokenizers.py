@@ -6,7 +6,7 @@ those datasets would lose their meaning.
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from megat2i.data.images import UnreadableImage, fit_square, to_tensor
 from megat2i.data.samples import Part, Refused, Sample
 from megat2i.files import DataFileError, PendingFile, commit
+from megat2i.progress import Progress, progress
 from megat2i.tokenizers.patch import PatchTokenizer
 from megat2i.tokenizers.text import train_text_tokenizer
 
@@ -29,11 +30,14 @@ def fit_text_tokenizer(parts: Sequence[Part], vocab_size: int, path: Path, overw
     if first is None:
         raise DataFileError(path, "the inputs have no caption to train on", _first_problem(parts))
 
-    def texts() -> Iterator[str]:
-        yield first
-        yield from captions
+    with Progress(None, "training the text tokenizer", "captions") as shown:
 
-    _publish(path, overwrite, lambda temporary: train_text_tokenizer(texts(), vocab_size, temporary))
+        def texts() -> Iterator[str]:
+            for caption in chain([first], captions):
+                yield caption
+                shown.update()
+
+        _publish(path, overwrite, lambda temporary: train_text_tokenizer(texts(), vocab_size, temporary))
 
 
 def fit_image_tokenizer(
@@ -46,11 +50,14 @@ def fit_image_tokenizer(
     wanted = max(1, min(IMAGES, IMAGE_BYTES // (3 * image_size * image_size)))
     chosen = [parts[i * len(parts) // min(PARTS, len(parts))] for i in range(min(PARTS, len(parts)))]
     share = -(-wanted // max(1, len(chosen)))
-    images = [image for part in chosen for image in islice(_images(part, image_size, crop), share)]
+    found = (image for part in chosen for image in islice(_images(part, image_size, crop), share))
+    expected = [part.expected for part in chosen]
+    total = wanted if None in expected else sum(min(share, number) for number in expected)
+    images = list(progress(found, "reading images to fit the image tokenizer", "images", total))
     if not images:
         raise DataFileError(path, "the inputs have no readable image to fit a codebook to", _first_problem(chosen))
     try:
-        tokenizer = PatchTokenizer.fit(torch.stack(images), patch_size, codebook_size)
+        tokenizer = PatchTokenizer.fit(torch.stack(images), patch_size, codebook_size, crop=crop)
     except ValueError as error:
         raise DataFileError(path, f"cannot be fitted: {error}", "No tokenizer was written or changed") from error
     _publish(path, overwrite, tokenizer.save)

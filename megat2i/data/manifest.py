@@ -9,7 +9,7 @@ import json
 import os
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -34,8 +34,21 @@ class TokenCounts:
 
 
 @dataclass(frozen=True)
+class CaptionLengths:
+    """How many ids captions have: half of them at most ``median``, 99% at most ``percentile_99``."""
+
+    median: int
+    percentile_99: int
+    longest: int
+
+
+@dataclass(frozen=True)
 class TextContent:
-    """What the text ids are. ``min_id`` and ``max_id`` are None where the store holds no text token."""
+    """What the text ids are. ``min_id`` and ``max_id`` are None where the store holds no text token.
+
+    ``unknown``: ids that stand for what the tokenizer does not know, None where it knows everything. Older stores, and
+    parts of a job, have no ``captions``.
+    """
 
     vocab_size: int
     min_id: int | None
@@ -43,6 +56,8 @@ class TextContent:
     tokenizer: str  # file name, relative to the manifest's folder
     kind: str
     sha256: str
+    unknown: int | None = None
+    captions: CaptionLengths | None = None
 
 
 @dataclass(frozen=True)
@@ -226,9 +241,10 @@ def _parse(kind: Any, value: Any, path: Path, where: str) -> Any:
     """Parsed JSON as ``kind``: a dataclass, a tuple, X | None, int or str. DataFileError names the field ``where``."""
     if is_dataclass(kind) and isinstance(value, Mapping):
         kinds = {field.name: field.type for field in fields(kind)}
-        if odd := sorted(set(value) ^ set(kinds)):
+        needed = {field.name for field in fields(kind) if field.default is MISSING}  # newer fields have a default
+        if odd := sorted((needed - set(value)) | (set(value) - set(kinds))):
             raise DataFileError(path, f"fields {odd} of {where or 'the top level'} are missing or unknown", REBUILD)
-        return kind(**{name: _parse(kinds[name], value[name], path, f"{where}.{name}".lstrip(".")) for name in kinds})
+        return kind(**{name: _parse(kinds[name], value[name], path, f"{where}.{name}".lstrip(".")) for name in value})
     if get_origin(kind) is types.UnionType:
         inner = next(option for option in get_args(kind) if option is not types.NoneType)
         return None if value is None else _parse(inner, value, path, where)

@@ -15,14 +15,17 @@ import numpy as np
 
 from megat2i.data.codebook_use import CodebookUse
 from megat2i.data.indexed import DTYPES, GrowingIndex, IndexedDataset, StoreDigests, commit_store
+from megat2i.data.lengths import caption_lengths
 from megat2i.data.manifest import REBUILD, BlockDigester, Manifest, Source, TokenCounts, relative_path
 from megat2i.files import DataFileError, PendingFile, commit, only_run, storage_errors, store_path, write_file
+from megat2i.progress import progress
 
 COPY_BYTES = 1 << 22
 SEQUENCES = 1 << 18  # whose entries of the index are changed at a time
 FREE = ("documents", "sequences", "tokens", "sources", "index_sha256", "bin_blocks")  # what may differ in a merge
 FREE += tuple(f"{content}.{name}" for content in ("text", "image") for name in ("tokenizer", "min_id", "max_id",
-                                                                               "min_code", "max_code"))  # fmt: skip
+                                                                               "min_code", "max_code", "unknown",
+                                                                               "captions"))  # fmt: skip
 
 
 def merge(prefixes: Iterable[str | Path], output: str | Path, each: Callable, overwrite: bool = False) -> StoreDigests:
@@ -40,7 +43,7 @@ def merge(prefixes: Iterable[str | Path], output: str | Path, each: Callable, ov
     index = GrowingIndex(file.path.parent)
     try:
         with storage_errors(file.path), open(file.temporary, "r+b", buffering=0) as target:
-            for prefix in prefixes:
+            for prefix in progress(prefixes, f"merging into {output}", "datasets"):
                 store = IndexedDataset(prefix)
                 first = first or (store.dtype, store.index_path)
                 if store.dtype != first[0]:
@@ -120,7 +123,7 @@ def write_dataset(
     text, image = (relative_path(path, output) for path in tokenizers)
     manifest = replace(
         total,
-        text=replace(total.text, tokenizer=text),
+        text=replace(total.text, tokenizer=text, captions=caption_lengths(IndexedDataset(output))),
         image=replace(total.image, tokenizer=image),
         sources=tuple(sources),
         index_sha256=digests.index_sha256,
@@ -138,6 +141,8 @@ def _sum(a: Manifest, b: Manifest) -> Manifest:
         return choose((value for value in values if value is not None), default=None)
 
     text = {"min_id": extreme(min, "text", "min_id"), "max_id": extreme(max, "text", "max_id")}
+    if None not in (a.text.unknown, b.text.unknown):
+        text["unknown"] = a.text.unknown + b.text.unknown
     image = {"min_code": extreme(min, "image", "min_code"), "max_code": extreme(max, "image", "max_code")}
     return replace(
         a,

@@ -17,20 +17,28 @@ import numpy as np
 from megat2i.data.codebook_use import CodebookUse
 from megat2i.data.encode_part import Encoding, open_tokenizers
 from megat2i.data.encoders import encode_parts
+from megat2i.data.indexed import IndexedDataset
+from megat2i.data.lengths import length_counts
 from megat2i.data.manifest import Manifest
 from megat2i.data.merge import ledger_lines, only_writer, write_dataset, write_ledger
-from megat2i.data.samples import Part
+from megat2i.data.samples import Part, Sample
+from megat2i.data.sizes import SUSPICIOUS_MEAN
 from megat2i.files import DataFileError, store_path
+from megat2i.vocab import TEXT
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a job did. ``ledger`` lists every refused sample."""
+    """What a job did. ``ledger`` lists every refused sample.
+
+    ``longest``: the name of the sample with the longest caption, looked up where captions are suspiciously long.
+    """
 
     manifest: Manifest
     refused: int
     ledger: Path
     codebook: CodebookUse
+    longest: str = ""
 
 
 def preprocess(parts: Sequence[Part], prefix: Path, encoding: Encoding, workers: int, overwrite: bool) -> Summary:
@@ -53,6 +61,8 @@ def preprocess(parts: Sequence[Part], prefix: Path, encoding: Encoding, workers:
         else:
             files = (encoding.text_tokenizer, encoding.image_tokenizer)
             manifest = write_dataset(prefixes, prefix, files, codebook)
+            suspicious = manifest.tokens.text > SUSPICIOUS_MEAN * manifest.documents
+            longest = _longest(parts, prefixes, encoding) if suspicious else ""
         for path in folder.iterdir():
             if path.name != "lock":  # only_writer removes it, and the folder, when it is closed
                 path.unlink()
@@ -61,4 +71,13 @@ def preprocess(parts: Sequence[Part], prefix: Path, encoding: Encoding, workers:
         problem = f"the first: {row['sample']}: {row['reason']}" if row else "they are empty"
         remedy = f"{ledger.name} lists them all"
         raise DataFileError(prefix, f"no sample of the inputs can be used; {problem}", remedy)
-    return Summary(manifest, refused, ledger, codebook)
+    return Summary(manifest, refused, ledger, codebook, longest)
+
+
+def _longest(parts: Sequence[Part], prefixes: Sequence[Path], encoding: Encoding) -> str:
+    """The sample with the longest caption; its part alone is read again, without its pictures."""
+    lengths = [len(length_counts(IndexedDataset(prefix), TEXT)) for prefix in prefixes]
+    part, text = parts[int(np.argmax(lengths))], open_tokenizers(encoding)[0]
+    samples = (sample for sample in part.samples() if isinstance(sample, Sample))
+    sample = max(samples, key=lambda sample: len(text.encode([sample.caption])[0]))
+    return f"{part.source}: {sample.name}"

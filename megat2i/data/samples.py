@@ -9,6 +9,7 @@ from typing import Protocol
 from PIL import Image
 
 BLOCK = 256  # samples of a part where the input has no pieces of its own
+CAPTION_KEYS = ("caption", "text")  # of a JSON object
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -50,6 +51,13 @@ def file_identity(path: str | Path) -> str:
     except OSError as error:
         return f"{path}: {error.strerror}"
     return f"{path}: {status.st_size} bytes, modified {status.st_mtime_ns}"
+
+
+def first_caption(row: dict):
+    """The first value under CAPTION_KEYS that is no empty text, else the first one; None where there is no such key."""
+    values = [row[key] for key in CAPTION_KEYS if key in row]
+    filled = (value for value in values if value is not None and not (isinstance(value, str) and not value.strip()))
+    return next(filled, values[0] if values else None)
 
 
 def clean_caption(value) -> str:

@@ -18,7 +18,16 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from megat2i.data.images import MAXIMUM_BYTES, UnreadableImage, decode_image
-from megat2i.data.samples import BLOCK, IMAGE_SUFFIXES, Refused, Sample, clean_caption, decode_caption, file_identity
+from megat2i.data.samples import (
+    BLOCK,
+    IMAGE_SUFFIXES,
+    Refused,
+    Sample,
+    clean_caption,
+    decode_caption,
+    file_identity,
+    first_caption,
+)
 from megat2i.files import DataFileError, raise_if_transient, storage_errors
 
 MAXIMUM_CAPTION_BYTES = 2**20  # of a .txt or .json member
@@ -126,7 +135,7 @@ def _tar_sample(file, key: str, group: dict[str, tarfile.TarInfo]) -> Sample | R
             caption = decode_caption(_read_member(file, group[".txt"], MAXIMUM_CAPTION_BYTES))
         elif ".json" in group:
             value = json.loads(_read_member(file, group[".json"], MAXIMUM_CAPTION_BYTES))
-            caption = clean_caption(value.get("caption") if isinstance(value, dict) else None)
+            caption = clean_caption(first_caption(value) if isinstance(value, dict) else None)
         else:
             return Refused(key, "no caption: neither .txt nor .json")
     except DataFileError:

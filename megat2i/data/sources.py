@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,14 @@ from megat2i.data.samples import (
     clean_caption,
     decode_caption,
     file_identity,
+    first_caption,
 )
 from megat2i.data.shards import TarPart, check_tars, parquet_parts
 from megat2i.files import DataFileError, raise_if_transient, storage_errors
+from megat2i.progress import count
 from megat2i.weights_file import file_sha256
 
-IMAGE_KEYS, CAPTION_KEYS = ("image", "file_name"), ("caption", "text")
+IMAGE_KEYS = ("image", "file_name")
 METADATA = "metadata.jsonl"  # of a folder: the captions of its images, as Hugging Face writes them
 KINDS = "a folder of images, a .jsonl file, WebDataset .tar shards, .parquet files or the word openmoji"
 
@@ -91,6 +94,19 @@ class FolderPart:
                 yield Refused(name, str(error))
             else:
                 yield Sample(name, caption, functools.partial(_decode_file, os.path.join(self.source, name)))
+
+
+def other_files(inputs: Sequence[str]) -> str:
+    """One line on the files in folders of images that are of other kinds and are not looked at; empty without any."""
+    kinds: Counter[str] = Counter()
+    for folder in inputs:
+        if not os.path.isdir(folder) or os.path.exists(os.path.join(folder, METADATA)):
+            continue
+        for _, _, files in os.walk(folder):
+            endings = (os.path.splitext(file)[1].lower() for file in files)
+            kinds.update(ending or "without an ending" for ending in endings if ending not in (*IMAGE_SUFFIXES, ".txt"))
+    listed = ", ".join(f"{ending} {number:,}" for ending, number in sorted(kinds.items()))
+    return f"{count(kinds.total(), 'file')} of other kinds not looked at: {listed}" if kinds else ""
 
 
 def _caption_file(name: str) -> str:
@@ -160,7 +176,7 @@ class JsonlPart:
                 if not isinstance(file, str) or not file or "\0" in file:
                     raise ValueError(f"no file name under {' or '.join(IMAGE_KEYS)}")
                 name = f"{name}: {file}"
-                caption = clean_caption(next((row[key] for key in CAPTION_KEYS if key in row), None))
+                caption = clean_caption(first_caption(row))
                 os.fsencode(file)
             except RecursionError:
                 yield name, "not JSON: nested too deeply", None

@@ -125,6 +125,11 @@ class T2IDataset:
         return int((self._lengths() > self.sequence_length).sum())
 
     @property
+    def longest_row(self) -> int:
+        """Positions of the longest row before it is cut; of windows, those that it has."""
+        return int(self._lengths().max()) if self._pattern else self.sequence_length
+
+    @property
     def mean_labels(self) -> float:
         """Positions with a label of an average row, captions in full."""
         if not self._pattern:
@@ -266,8 +271,9 @@ class T2IDataset:
             self.store.release()
         if shortest < 1 or longest + self._specials > self.sequence_length:
             problem = f"images have {shortest} to {longest} codes; {self._specials} specials are added to a row"
+            given = f"Every image needs codes, and data.sequence_length ({self.sequence_length}) room for it"
             self._refuse(
-                problem, f"Every image needs codes, and data.sequence_length ({self.sequence_length}) room for it"
+                problem, f"{given}: {self.longest_row} holds all rows in full; left out, it is taken from them"
             )
         image = self.store.manifest and self.store.manifest.image
         if image is not None and not shortest == longest == image.grid[0] * image.grid[1]:

@@ -15,6 +15,7 @@ from megat2i.config import ConfigError
 from megat2i.evaluate.image_folder import ImageFolder
 from megat2i.evaluate.quality import BATCH_SIZE, DEVICE, batches, record
 from megat2i.files import DataFileError
+from megat2i.progress import progress
 from megat2i.tokenizers.vq_tokenizer import arithmetic
 from megat2i.weights_file import SINGLE, file_sha256
 
@@ -47,7 +48,8 @@ def clip_score(generated: Path, weights: Path, prefix: str = PREFIX, batch_size:
         ) from error
     model, side = model.eval().to(DEVICE), model.config.vision_config.image_size
     length, scores = model.config.text_config.max_position_embeddings, []
-    pixels = images.prepared(lambda image: _prepare(image, side))
+    prepared = images.prepared(lambda image: _prepare(image, side))
+    pixels = progress(prepared, f"measuring {generated}", "images", len(images.names))
     with arithmetic(torch.device(DEVICE), "ieee"):
         for chunk, texts in zip(batches(pixels, batch_size), batches(images.prompts, batch_size), strict=True):
             captions = [prefix + text for text in texts]

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megat2i.progress import progress
+
 BLOCK = 4096  # feature vectors converted to float64 at once
 
 
@@ -65,7 +67,7 @@ def bootstrap_deviation(features: Tensor, reference: FeatureStatistics, replicat
     covariance = reference.covariance
     root = _square_root(covariance)
     distances = []
-    for _ in range(replicates):
+    for _ in progress(range(replicates), "resampling for the interval", "resamples"):
         chosen = torch.randint(len(features), (len(features),), generator=generator).to(features.device)
         drawn = FeatureStatistics.of(features[chosen])
         distances.append(_distance(drawn.mean, drawn.covariance, reference.mean, covariance, root))

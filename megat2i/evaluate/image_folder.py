@@ -5,6 +5,7 @@ A folder of tools/generate.py lists its images in ``samples.jsonl``, each with i
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ AHEAD = 64  # images that threads decode while the feature net works
 
 @dataclass
 class ImageFolder:
-    """The images of ``folder``; ``prompts`` belong to them where it is one of tools/generate.py."""
+    """The images of ``folder`` and those below it; ``prompts`` belong to them where it is one of tools/generate.py."""
 
     folder: Path
     names: list[str]
@@ -38,7 +39,12 @@ class ImageFolder:
             raise DataFileError(folder, "no such folder", "Pass a folder of images")
         if (folder / SAMPLES).exists():
             return ImageFolder(folder, *_listed(folder))
-        names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        names = sorted(
+            os.path.relpath(os.path.join(root, file), folder)
+            for root, _, files in os.walk(folder)
+            for file in files
+            if file.lower().endswith(IMAGE_SUFFIXES)
+        )
         if not names:
             raise DataFileError(folder, f"holds no {', '.join(IMAGE_SUFFIXES)} file", "Pass a folder of images")
         return ImageFolder(folder, names, None)

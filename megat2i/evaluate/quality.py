@@ -22,6 +22,7 @@ from megat2i.evaluate.precision_recall import NEIGHBOURS, precision_recall
 from megat2i.evaluate.protocol import COCO_IMAGES, Protocol, find_protocol, prepare
 from megat2i.evaluate.small_net import LABEL, small_features
 from megat2i.files import DataFileError, write_file
+from megat2i.progress import progress
 from megat2i.tokenizers.vq_tokenizer import arithmetic
 
 BATCH_SIZE = 64
@@ -72,7 +73,8 @@ class FeatureNet:
     def of_folder(self, folder: Path) -> "Features":
         """The features of a folder of images."""
         images = ImageFolder.open(folder)
-        values = self.features(images.prepared(functools.partial(prepare, protocol=self.protocol)))
+        prepared = images.prepared(functools.partial(prepare, protocol=self.protocol))
+        values = self.features(progress(prepared, f"measuring {folder}", "images", len(images.names)))
         return Features(values, images.description())
 
 

@@ -13,6 +13,7 @@ from megat2i.data.images import fit_square, to_tensor
 from megat2i.evaluate.image_folder import ImageFolder
 from megat2i.evaluate.protocol import prepare
 from megat2i.evaluate.quality import DEVICE, FeatureNet, batches, compare, record
+from megat2i.progress import progress
 from megat2i.tokenizers.image import ImageTokenizer
 from megat2i.tokenizers.movqgan import MoVQGAN
 from megat2i.tokenizers.movqgan import prepare as prepare_movq
@@ -59,7 +60,9 @@ def measure_reconstruction(folder: Path, tokenizer: ImageTokenizer, crop: str, n
     tokenizer, images, size = tokenizer.to(DEVICE), ImageFolder.open(folder), tokenizer.image_size
     square = prepare_movq if crop == MoVQGAN.crop else lambda image, size: to_tensor(fit_square(image, size, crop))
     ratios, similarities, features, counts = [], [], ([], []), np.zeros(tokenizer.codebook_size, np.int64)
-    for originals in map(torch.stack, batches(images.prepared(lambda image: square(image, size)), net.batch_size)):
+    prepared = images.prepared(lambda image: square(image, size))
+    shown = progress(prepared, f"measuring {folder}", "images", len(images.names))
+    for originals in map(torch.stack, batches(shown, net.batch_size)):
         codes = tokenizer.encode(originals)
         copies = tokenizer.decode(codes)
         counts += np.bincount(codes.flatten(), minlength=len(counts))

@@ -8,15 +8,13 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from megat2i.files import write_file
+from megat2i.progress import Progress
 
 LAST_LINES = 12  # of a failed job's log in the error
 POLL_S = 0.2
@@ -71,9 +69,8 @@ def run_jobs(jobs: Sequence[Job], folder: Path, workers: int) -> None:
     waiting = [job for job in jobs if job.name not in done]
     running: dict[str, tuple[Job, subprocess.Popen, float]] = {}
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
-    interval = 0.5 if sys.stderr.isatty() else 30.0
-    bar = tqdm(total=sum(job.steps for job in jobs), unit="step", mininterval=interval, maxinterval=interval)
-    bar.update(sum(job.steps for job in jobs if job.name in done))
+    before = sum(job.steps for job in jobs if job.name in done)
+    bar = Progress(sum(job.steps for job in jobs), "jobs", "steps", before)
     try:
         while waiting or running:
             for job in [job for job in waiting if done.issuperset(job.needs)][: workers - len(running)]:
@@ -90,9 +87,9 @@ def run_jobs(jobs: Sequence[Job], folder: Path, workers: int) -> None:
                 write_file(_mark(job, folder), json.dumps(_made_from(job, folder) | seconds).encode())
                 done.add(job.name)
             steps = sum(job.steps if job.name in done else job.steps_done() for job in jobs)
-            bar.set_description(f"{len(done)} of {len(jobs)} jobs", refresh=False)
-            bar.set_postfix_str(", ".join(running), refresh=False)
-            bar.update(steps - bar.n)
+            bar.what = f"{len(done)} of {len(jobs)} jobs"
+            bar.note(", ".join(running))
+            bar.update(steps - bar.done)
     finally:
         bar.close()
         for _, process, _ in running.values():

@@ -18,6 +18,7 @@ from megat2i.config import ConfigError
 from megat2i.data import wordnet
 from megat2i.data.manifest import Manifest, Source
 from megat2i.data.openmoji import captioned_images, render
+from megat2i.data.sizes import with_vocabulary
 from megat2i.data.stored_pictures import stored_pictures
 from megat2i.data.text_store import write_text_store
 from megat2i.experiments.arms import LANGUAGE_MODEL, Arm, Scale, is_alignment, length, twins
@@ -25,7 +26,6 @@ from megat2i.experiments.evaluations import picture_jobs, probe_job, reference, 
 from megat2i.experiments.jobs import Job, JobError
 from megat2i.files import write_file
 from megat2i.pictures import enlarge, save_png
-from megat2i.pretrain import with_vocabulary
 from megat2i.tokenizers.text import load_text_tokenizer, train_text_tokenizer
 
 IMAGE_SIZE, PATCH_SIZE = 48, 6

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from megat2i.data.images import CROPS
 from megat2i.files import DataFileError
 from megat2i.tokenizers.kmeans import CHUNK, nearest, weighted_kmeans
 from megat2i.tokenizers.tokenizer_file import REMEDY, read_tokenizer_file, tokenizer_file_content, write_tokenizer_file
@@ -25,25 +26,28 @@ FIT_PATCHES = 1 << 19  # patches that the codebook is fitted on; more cost time 
 class PatchTokenizer:
     """``codebook`` uint8 [codes, 3, p, p]; images of ``image_size`` pixels (any multiple of p works).
 
-    ``sha256`` is that of the file it was loaded from, or that ``save`` will write.
+    ``sha256`` is that of the file it was loaded from, or that ``save`` will write. ``crop`` is that of the images that
+    the codebook was fitted to; later datasets take it over.
     """
 
     kind = "patch"
     crop = "center"
     encoder_precision = "float32"
 
-    def __init__(self, codebook: torch.Tensor, image_size: int, sha256: str | None = None):
+    def __init__(self, codebook: torch.Tensor, image_size: int, sha256: str | None = None, crop: str = crop):
         codes, _, patch, _ = codebook.shape
         if image_size % patch:
             raise ValueError(f"image size {image_size} is not a multiple of the patch size {patch}")
-        self.codebook, self.image_size = codebook.contiguous(), image_size
+        self.codebook, self.image_size, self.crop = codebook.contiguous(), image_size, crop
         self.codebook_size, self.patch_size = codes, patch
         self.grid = (image_size // patch, image_size // patch)
         self.sha256 = sha256 or hashlib.sha256(self._content()).hexdigest()
         self._centres = _colours(codebook.reshape(codes, -1)).float()
 
     @classmethod
-    def fit(cls, images: torch.Tensor, patch_size: int, codebook_size: int, seed: int = 0) -> "PatchTokenizer":
+    def fit(
+        cls, images: torch.Tensor, patch_size: int, codebook_size: int, seed: int = 0, crop: str = crop
+    ) -> "PatchTokenizer":
         """Fit the codebook to ``images`` uint8 [N, 3, size, size]. The same images and seed give the same codebook.
 
         Raises ValueError where the images have fewer distinct patches than ``codebook_size``.
@@ -56,7 +60,7 @@ class PatchTokenizer:
             chosen = torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed))[:FIT_PATCHES]
             patches = patches[chosen]
         centres = weighted_kmeans(_colours(patches), codebook_size, seed, lambda x: _colours(_pixels(x)).float())
-        return cls(_pixels(centres).reshape(codebook_size, 3, patch_size, patch_size), side)
+        return cls(_pixels(centres).reshape(codebook_size, 3, patch_size, patch_size), side, crop=crop)
 
     def to(self, device: torch.device | str) -> "PatchTokenizer":
         """Nothing changes: the search is one for the CPU, whatever device the rest of a job uses."""
@@ -103,10 +107,16 @@ class PatchTokenizer:
         if type(image_size) is not int or image_size < 1 or image_size % codebook.shape[2]:
             problem = f"image_size {image_size!r} is no multiple of the patch size {codebook.shape[2]}"
             raise DataFileError(path, problem, REMEDY)
-        return cls(codebook, image_size, sha256)
+        crop = metadata.get("crop", cls.crop)
+        if crop not in CROPS:
+            raise DataFileError(path, f"crop {crop!r} is none of {', '.join(CROPS)}", REMEDY)
+        return cls(codebook, image_size, sha256, crop)
 
     def _content(self) -> bytes:
-        return tokenizer_file_content({"codebook": self.codebook}, {"kind": self.kind, "image_size": self.image_size})
+        metadata = {"kind": self.kind, "image_size": self.image_size}
+        if self.crop != type(self).crop:  # files of older releases, which lack it, keep their bytes
+            metadata["crop"] = self.crop
+        return tokenizer_file_content({"codebook": self.codebook}, metadata)
 
 
 def _cut(images: torch.Tensor, patch: int) -> torch.Tensor:

@@ -24,6 +24,7 @@ class TextTokenizer(Protocol):
     path: Path
     sha256: str  # of the file, hexadecimal
     vocab_size: int
+    unknown_id: int | None  # of what is not in the vocabulary; None where every byte has an id
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without special tokens."""
@@ -56,6 +57,8 @@ class JsonTokenizer:
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if self.vocab_size == 0:
             raise DataFileError(self.path, "a tokenizer without a vocabulary", "Train it first")
+        unknown = getattr(self._tokenizer.model, "unk_token", None)  # a Unigram model has it by id, inside
+        self.unknown_id = None if unknown is None else self._tokenizer.token_to_id(unknown)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         # Batches of one: a larger one would keep every core busy in each of our worker processes.
@@ -83,6 +86,9 @@ class SentencePieceTokenizer:
             remedy = "Pass a .model file written by SentencePiece's trainer"
             raise DataFileError(self.path, "not a SentencePiece model", remedy) from error
         self.vocab_size = self._model.vocab_size()
+        unknown = self._model.unk_id()
+        bytes_known = any(self._model.is_byte(number) for number in range(self.vocab_size))
+        self.unknown_id = None if bytes_known or unknown < 0 else unknown
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return self._model.encode(list(texts), num_threads=1)

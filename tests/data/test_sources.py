@@ -2,11 +2,13 @@
 
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from source_layouts import (
     PICTURES,
     read,
@@ -190,3 +192,19 @@ def test_files_that_cannot_be_opened_for_now_are_no_ledger_entries(tmp_path, few
     sample = next(part.samples())
     with few_files(), pytest.raises(DataFileError, match=r"\.png: the storage failed"):
         sample.image(8)
+
+
+@pytest.mark.parametrize("value", [None, "", "  "])
+def test_an_empty_caption_gives_way_to_the_other_key(tmp_path, value):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    row = {"image": "a.png", "caption": value, "text": "the other one"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"text": None}))
+    (part,) = find_parts([str(tmp_path / "a.jsonl")], "train")
+    first, second = part.samples()
+    assert first.caption == "the other one" and second.reason in ("no caption", "empty caption")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        (tmp_path / "a.json").write_text(json.dumps(row))
+        for name in ("a.png", "a.json"):
+            archive.add(tmp_path / name, name)
+    (part,) = find_parts([str(tmp_path / "a.tar")], "train")
+    assert [sample.caption for sample in part.samples()] == ["the other one"]

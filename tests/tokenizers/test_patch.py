@@ -10,6 +10,7 @@ from megat2i.files import DataFileError
 from megat2i.tokenizers.image import load_image_tokenizer
 from megat2i.tokenizers.kmeans import LARGEST
 from megat2i.tokenizers.patch import PatchTokenizer, _colours, _pixels
+from megat2i.tokenizers.tokenizer_file import tokenizer_file_content, write_tokenizer_file
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +160,18 @@ def test_bytes_that_are_no_safetensors_file_are_refused(tokenizer, tmp_path):
     path.unlink()
     with pytest.raises(DataFileError, match="No such file"):
         load_image_tokenizer(path)
+
+
+def test_a_crop_is_kept_and_its_absence_changes_no_byte(tmp_path):
+    codebook = torch.arange(40 * 3 * 4, dtype=torch.uint8).reshape(40, 3, 2, 2)
+    plain = PatchTokenizer(codebook, 8)
+    plain.save(tmp_path / "plain.safetensors")
+    assert b"crop" not in (tmp_path / "plain.safetensors").read_bytes()
+    assert PatchTokenizer.load(tmp_path / "plain.safetensors").crop == "center"
+    padded = PatchTokenizer(codebook, 8, crop="pad")
+    padded.save(tmp_path / "pad.safetensors")
+    assert PatchTokenizer.load(tmp_path / "pad.safetensors").crop == "pad" and padded.sha256 != plain.sha256
+    content = tokenizer_file_content({"codebook": codebook}, {"kind": "patch", "image_size": 8, "crop": "round"})
+    write_tokenizer_file(tmp_path / "odd.safetensors", content)
+    with pytest.raises(DataFileError, match="crop 'round' is none of center, pad"):
+        PatchTokenizer.load(tmp_path / "odd.safetensors")
