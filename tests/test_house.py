@@ -17,6 +17,7 @@ FLOORS = (
         "config_limits",
         "config_rules",
         "files",
+        "progress",
         "vocab",
         "runtime",
         "topology",
@@ -25,14 +26,15 @@ FLOORS = (
     {"parallel", "data", "tokenizers"},
     {"model", "loss"},
     {"optim", "pipeline", "pipeline_order", "checkpoint"},
-    {"trainer", "metrics", "generate", "evaluate", "pictures", "self_test"},
-    {"pretrain", "run_folder", "planner", "experiments", "pretrain_t2i", "tools"},
+    {"trainer", "metrics", "generate", "evaluate", "pictures", "drawn", "html_page", "self_test"},
+    {"pretrain", "run_folder", "planner", "experiments", "pretrain_t2i", "tools", "examples"},
 )
 PRODUCT = sorted(
     [
         *ROOT.glob("megat2i/**/*.py"),
         *ROOT.glob("kernels/**/*.py"),
         *ROOT.glob("tools/**/*.py"),
+        *ROOT.glob("examples/**/*.py"),
         ROOT / "pretrain_t2i.py",
     ]
 )
