@@ -124,6 +124,7 @@ def test_a_run_leaves_its_whole_record(unbroken):
     events = EventAccumulator(str(unbroken / "tensorboard")).Reload()
     assert {key for key in KEYS if key not in ("step", "mfu")} <= set(events.Tags()["scalars"])
     assert events.Tags()["images"] == ["samples/red hut"]
+    assert sorted(path.name for path in (unbroken / "drawn").iterdir()) == ["step-000006.json", "step-000006.png"]
 
 
 def test_two_ranks_under_deepspeeds_launcher(started, launcher, unbroken, tmp_path):

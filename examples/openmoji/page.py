@@ -32,13 +32,13 @@ STYLE = (
     "img.pixels{image-rendering:pixelated;display:block;outline:1px solid #e4e0d6}"
     ".curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1rem}"
     ".curves img{width:100%}"
-    ".cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,19rem),1fr));gap:1.2rem 1.5rem}"
+    ".cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,15.5rem),1fr));gap:1.2rem 1.5rem}"
     ".card{margin:0;min-width:0}.card div{display:grid;grid-template-columns:repeat(3,1fr);gap:4px}"
     ".card img{width:100%}.card figcaption{padding-top:.3rem;line-height:1.3;overflow-wrap:anywhere}"
     ".empty img:first-child{outline:3px solid #c0392b}.flag{color:#c0392b;font-weight:600}"
     ".steps th{font-weight:400}.steps tbody th{position:sticky;left:0;background:#fdfdfb;max-width:9rem}"
     ".steps tbody th{min-width:6.5rem;overflow-wrap:anywhere;vertical-align:middle}"
-    ".steps td{padding:.25rem .5rem .25rem 0;border:0}.steps td img{width:6rem;max-width:none}"
+    ".steps td{padding:.25rem .25rem;border:0}.steps td img{width:6rem;max-width:none}"
     ".steps th{border:0}"
     "@media(max-width:30rem){h1{font-size:1.7rem}.steps td img{width:4.5rem}}"
 )
@@ -58,7 +58,7 @@ def report_page(
     blocks = [
         f"# {TITLE}",
         f"A language model that draws: it reads a caption and writes the codes of a picture, one after the other. "
-        f"This is what the run {plain(folder)} learned in {len(record.train):,} steps.",
+        f"This is what the run in {plain(folder)} learned in {len(record.train):,} steps.",
         "## What was trained",
         table(("what", "value"), facts(settings, environment, record)),
         "## Losses",
@@ -68,8 +68,9 @@ def report_page(
         "## The same prompts during training",
         steps_table(steps),
     ]
+    blocks += ["## Samples", sampling_note(settings)]
     for name, title in NAMES.items():
-        blocks += [f"## {title}", sampling_note(settings), cards(samples[name])]
+        blocks += [f"### {title}", cards(samples[name])]
     blocks += ["## Quality", *quality_table(quality), "## What to try next", *next_steps(folder, settings)]
     blocks.append(
         "Pictures and captions: [OpenMoji](https://openmoji.org), the open-source emoji and icon project, [CC BY-SA "
@@ -91,7 +92,8 @@ def facts(settings: Config, environment: dict, record: Record) -> list[tuple[str
     manifest = Manifest.read(settings.data.train[0].prefix)
     text, image, (grid_rows, grid_columns) = manifest.text, manifest.image, manifest.image.grid
     size = f"{image.image_size} x {image.image_size} pixels as {grid_rows} x {grid_columns} codes"
-    rows.append(("Text tokenizer", f"{text.kind}, {text.vocab_size:,} ids"))
+    per_caption = manifest.tokens.text / manifest.documents
+    rows.append(("Text tokenizer", f"{text.vocab_size:,} ids; {per_caption:.1f} tokens a caption"))
     rows.append(("Image tokenizer", f"{image.kind}, {image.codebook_size:,} codes; {size}"))
     model, training = settings.model, settings.training
     shape = f"{model.layers} layers, hidden size {model.hidden}, {model.heads} heads"
@@ -100,9 +102,10 @@ def facts(settings: Config, environment: dict, record: Record) -> list[tuple[str
     epochs = last * training.global_batch_size / sum(Manifest.read(d.prefix).documents for d in settings.data.train)
     batch = f"{training.global_batch_size} pictures a step, {epochs:.1f} epochs"
     rows.append(("Steps", f"{last:,} of {training.steps:,}; {batch}"))
-    dtype = re.search(r"dtype=(\w+)", environment["backend"])
-    rows.append(("Arithmetic", dtype[1] if dtype else settings.runtime.dtype))
-    rows.append(("Processor", environment.get("device_name", "not recorded")))
+    backend = dict(re.findall(r"(\w+)=(\w+)", environment["backend"]))
+    rows.append(("Arithmetic", backend["dtype"]))
+    threads = f"{backend['ranks']} x {backend['threads']} threads"
+    rows.append(("Processor", f"{environment.get('device_name', 'not recorded')}, {threads}"))
     seconds = sum(entry["step_s"] for entry in record.train)
     speed = statistics.median(entry["tokens_per_s"] for entry in record.train)
     rows.append(("Time in training steps", f"{duration(seconds)} (median {speed:,.0f} tokens/s)"))
@@ -130,7 +133,9 @@ def losses(record: Record) -> str:
     for name in ("text", "image", "total"):
         row = [name]
         row.append(f"{smoothed([value(entry, 'loss', name) for entry in record.train])[-1]:.3f}")
-        row += [f"{value(record.valid[-1], quantity, name):.3f}" for quantity in ("loss", "ppl") if record.valid]
+        if record.valid:
+            row.append(f"{value(record.valid[-1], 'loss', name):.3f}")
+            row.append(f"{value(record.valid[-1], 'ppl', name):.1f}")
         rows.append(row)
     head = ["tokens", "training loss (moving average)"]
     return table(head + ["held-out loss", "held-out perplexity"] * bool(record.valid), rows)

@@ -6,6 +6,9 @@ nearest to its own true picture, and plots the losses of ``metrics.jsonl``. ``--
 README's pictures.
 """
 
+import megat2i  # noqa: F401 (before torch: it sets how long OpenMP's waiting threads spin)
+
+# isort: split
 import argparse
 import json
 import sys
@@ -24,6 +27,7 @@ from megat2i.drawn import read_steps
 from megat2i.files import DataFileError, read_json_object, write_file
 from megat2i.generate import Sampler
 from megat2i.pictures import save_png
+from megat2i.progress import Progress
 
 SOURCE = "openmoji"  # as the manifest of tools/preprocess_data.py names it
 
@@ -43,18 +47,19 @@ def make_report(folder: Path, readme: Path | None = None) -> None:
     require_openmoji(folder, settings)
     record, steps = read_record(folder), read_steps(folder)
     environment = read_json_object(folder / run_folder.ENVIRONMENT, "Train the run first")
-    write_file(folder / "curves.png", curves_png(record, str(folder)))
+    with Progress(None, "plotting the curves", ""):
+        write_file(folder / "curves.png", curves_png(record, str(folder)))
+        panels = [panel_png(record, quantity) for quantity in PANELS]
     sampler, settings = Sampler.from_run(folder, torch.device("cpu"), torch.float32)
     samples = sample_splits(sampler, settings.sampling)
     quality = measured(samples)
     write_file(folder / "quality.json", (json.dumps(quality, indent=1) + "\n").encode())
-    training = training_pictures(settings, sampler.image_tokenizer)
-    save_png(samples_sheet(samples, training, settings.sampling), folder / "samples.png")
-    panels = [panel_png(record, quantity) for quantity in PANELS]
-    content = report_page(folder, settings, environment, record, panels, samples, quality, steps)
-    write_file(folder / "report.html", content)
-    if readme:
-        for name, picture in readme_sheets(samples, steps).items():
+    with Progress(None, "writing the pages", ""):
+        training = training_pictures(settings, sampler.image_tokenizer)
+        save_png(samples_sheet(samples, training, settings.sampling), folder / "samples.png")
+        content = report_page(folder, settings, environment, record, panels, samples, quality, steps)
+        write_file(folder / "report.html", content)
+        for name, picture in readme_sheets(samples, steps).items() if readme else ():
             save_png(picture, readme / name)
 
 
