@@ -68,7 +68,6 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> None:
     if leader:
         environment = {
             "backend": backend.describe(),
-            "device_name": backend.device_name,
             "ops": model.ops.description,
             "engine": backend.engine,
             "layout": groups.layout(),

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -29,10 +30,20 @@ def progress(items: Iterable[Item], what: str, unit: str, total: int | None = No
             shown.update()
 
 
+def count(number: int, noun: str) -> str:
+    """A number of things in words: "1 image", "2,000 images"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def say(line: str) -> None:
     """Print one line to the standard output, above a bar if there is one."""
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()  # else a log file holds it after the lines of progress that follow
+
+
+def waiting(what: str, show: bool = True) -> AbstractContextManager:
+    """Show, around a block of unknown length, what is waited for and since when; only one of several ranks shows it."""
+    return Progress(None, what, "") if show else nullcontext()
 
 
 class Progress:
@@ -102,6 +113,7 @@ class Progress:
         self._bar.bar_format = endless if self.total is None else BAR
         self._bar.total, self._bar.initial = self.total, self.skipped
         self._bar.n = self.done
+        self._bar.set_description_str(self.what, refresh=False)
         self._bar.set_postfix_str(self._note, refresh=False)
         self._bar.refresh()
 

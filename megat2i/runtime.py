@@ -27,13 +27,6 @@ def fast_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def processor_name() -> str:
-    """The processor's name; its architecture where the system does not tell the name, as on arm64."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
-
-
 @dataclass(frozen=True)
 class Backend:
     """What this process runs on. ``launcher``: deepspeed | torchrun | slurm | none (a single process)."""
@@ -95,18 +88,21 @@ class Backend:
             )
             dist.barrier()  # no rank writes to the run folder before all have checked it
 
-    @property
-    def device_name(self) -> str:
-        """The GPU's or the processor's name as its vendor gives it."""
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor_name()
-
     def describe(self) -> str:
         """One line for the log and for ``environment.json``."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor_name()
         return (
-            f"device={self.device.type} ({self.device_name}) dtype={str(self.dtype).removeprefix('torch.')} "
+            f"device={self.device.type} ({name}) dtype={str(self.dtype).removeprefix('torch.')} "
             f"communication={self.communication} engine={self.engine} launcher={self.launcher} "
             f"ranks={self.world_size} threads={torch.get_num_threads()}"
         )
+
+
+def processor_name() -> str:
+    """The processor's name; its architecture where the system does not tell the name, as on arm64."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def _leave_group() -> None:

@@ -1,6 +1,7 @@
 """Pictures that a run drew on its way: read back as written, cut back by a resume, never seen half-written."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -57,8 +58,13 @@ def test_the_log_keeps_the_pictures_and_cuts_them_back(run):
 
 
 def test_a_kill_between_the_files_leaves_no_step(run, monkeypatch):
-    def killed(first, second):
-        raise KeyboardInterrupt
+    rename, renamed = os.replace, []
+
+    def killed(temporary, path):
+        if renamed:
+            raise KeyboardInterrupt
+        renamed.append(path)
+        rename(temporary, path)
 
     monkeypatch.setattr("megat2i.files.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -28,6 +28,7 @@ STYLE = (
     "h2{font-size:1.4rem;margin:2.6rem 0 .6rem;border-top:1px solid #ddd8cc;padding-top:1.2rem}"
     "h3{font-size:1.05rem;margin:1.6rem 0 .4rem}p{max-width:44rem}"
     "table,.cards,pre,.steps{font-family:system-ui,sans-serif;font-size:.9rem}"
+    "pre{white-space:pre-wrap;overflow-wrap:anywhere}"
     "td,th{border-width:0 0 1px;border-color:#ddd8cc;padding:.35rem 1rem .35rem 0}td{min-width:0}"
     "img.pixels{image-rendering:pixelated;display:block;outline:1px solid #e4e0d6}"
     ".curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1rem}"
@@ -102,10 +103,10 @@ def facts(settings: Config, environment: dict, record: Record) -> list[tuple[str
     epochs = last * training.global_batch_size / sum(Manifest.read(d.prefix).documents for d in settings.data.train)
     batch = f"{training.global_batch_size} pictures a step, {epochs:.1f} epochs"
     rows.append(("Steps", f"{last:,} of {training.steps:,}; {batch}"))
-    backend = dict(re.findall(r"(\w+)=(\w+)", environment["backend"]))
-    rows.append(("Arithmetic", backend["dtype"]))
-    threads = f"{backend['ranks']} x {backend['threads']} threads"
-    rows.append(("Processor", f"{environment.get('device_name', 'not recorded')}, {threads}"))
+    launch = environment["backend"]  # device=cpu (NAME) dtype=float32 ... ranks=1 threads=2
+    name, values = re.search(r"\((.*)\) dtype=", launch)[1], dict(re.findall(r"(\w+)=(\w+)", launch))
+    rows.append(("Arithmetic", values["dtype"]))
+    rows.append(("Processor", f"{name}, {values['ranks']} x {values['threads']} threads"))
     seconds = sum(entry["step_s"] for entry in record.train)
     speed = statistics.median(entry["tokens_per_s"] for entry in record.train)
     rows.append(("Time in training steps", f"{duration(seconds)} (median {speed:,.0f} tokens/s)"))

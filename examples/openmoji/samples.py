@@ -152,5 +152,5 @@ def readme_sheets(samples: dict[str, Samples], steps: Sequence[DrawnStep]) -> di
         prompts = enumerate(steps[-1].prompts)
         cells = [(prompt, [step.images[number] for step in steps]) for number, prompt in prompts]
         numbers = ", ".join(f"{step.step:,}" for step in steps)
-        sheets["demo-steps.png"] = sheet(cells, columns=1, side=SHEET_SIDE, title=f"after {numbers} steps")
-    return {name: picture.quantize(128, dither=Image.Dither.NONE) for name, picture in sheets.items()}
+        sheets["demo-steps.png"] = sheet(cells, columns=2, side=SHEET_SIDE, title=f"after {numbers} steps")
+    return sheets

@@ -19,6 +19,7 @@ from megat2i.config import ConfigError
 from megat2i.data.openmoji import Drawing, captioned_images
 from megat2i.drawn import DrawnStep
 from megat2i.files import DataFileError
+from megat2i.runtime import processor_name
 
 SCRIPT = '<script>document.title = "taken"</script> & "quoted" *bold* | b'
 
@@ -176,7 +177,7 @@ def test_the_page_says_what_was_trained(parsed, small_run):
     environment = json.loads((small_run / "environment.json").read_text())
     for words in (
         "23 of ", "5 of ", "8 x 8 pixels as 2 x 2 codes", f"{environment['parameters_total']:,} parameters", "float32",
-        environment["device_name"], "6 of 6; 8 pictures a step, 2.1 epochs", f"torch {torch.__version__}",
+        f"{processor_name()}, 1 x 1 threads", "6 of 6; 8 pictures a step, 2.1 epochs", f"torch {torch.__version__}",
     ):  # fmt: skip
         assert words in parsed.text, words
 
@@ -187,6 +188,16 @@ def test_a_script_in_a_prompt_stays_text(demo, parsed, small_run):
     card = Parsed(demo.page.cards(demo.samples.Samples([Drawing("x", SCRIPT, "x")], pictures, pictures, pictures)))
     assert card.text == SCRIPT and card.tags == ["div", "figure", "div", "img", "img", "img", "figcaption"]
     assert card.values("img", "alt")[0] == f"{SCRIPT}: generated"
+
+
+def test_a_browser_runs_nothing_of_a_prompt(small_run, tmp_path):
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is absent")
+    options = ("--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom")
+    address = (small_run / "report.html").as_uri()
+    shown = subprocess.run([chromium, *options, address], capture_output=True, text=True, timeout=120)
+    assert "<title>The OpenMoji demo: " in shown.stdout and "Prompts held out" in shown.stdout, shown.stderr
 
 
 def test_an_empty_picture_is_counted_and_flagged(demo):
