@@ -150,7 +150,7 @@ def small_run(pretrain, tiny_store, demo, tmp_path_factory):
         f"sampling.prompts={json.dumps([SCRIPT, 'b'])}",
     ]
     process = pretrain(folder / "a run", *arguments)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, output + errors
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo.samples, "SEEN", 20)
