@@ -97,7 +97,7 @@ class TrainingConfig:
     checkpoint_every: int = 0  # steps; 0: only at the end
     keep_checkpoints: int = 2
     asynchronous_checkpoints: bool = False  # write in the background, beside the following steps
-    sample_every: int = 0  # steps between images drawn for TensorBoard; 0: never
+    sample_every: int = 0  # steps between images of sampling.prompts, in RUN/drawn and on TensorBoard; 0: never
     trainable: str = "all"  # which parameters learn; the paper's selective tuning: see model/freezing.py
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from megat2i import drawn
 from megat2i.files import PendingFile, commit
 from megat2i.vocab import MODALITIES
 
@@ -70,12 +71,13 @@ class StepMetrics:
 
 
 class MetricsLog:
-    """Writes ``metrics.jsonl`` and TensorBoard events in the run folder; used on the first rank only."""
+    """Writes ``metrics.jsonl``, drawn pictures and TensorBoard events in the run folder; on the first rank only."""
 
     def __init__(self, run_dir: Path, resume_step: int):
         self.path = run_dir / "metrics.jsonl"
         if self.path.exists():
             self._keep_steps_up_to(resume_step)
+        drawn.remove_steps_after(run_dir, resume_step)
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 (open for the whole run, closed by close)
         self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
@@ -102,7 +104,8 @@ class MetricsLog:
                 self.tensorboard.add_scalar(prefix + key, value, entry["step"])
 
     def images(self, step: int, images: np.ndarray, prompts: list[str]) -> None:
-        """Show generated ``images`` [B, 3, H, W] uint8 on TensorBoard, each under its prompt."""
+        """Keep generated ``images`` [B, 3, H, W] uint8 in RUN/drawn, and show each on TensorBoard under its prompt."""
+        drawn.save_step(self.path.parent, step, images, prompts)
         for image, prompt in zip(images, prompts, strict=True):
             self.tensorboard.add_image(f"samples/{prompt}", image, step)
 

@@ -10,6 +10,7 @@ import platform
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -115,12 +116,19 @@ class Backend:
 
     def describe(self) -> str:
         """One line for the log and for ``environment.json``."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor() or "cpu"
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor_name()
         return (
             f"device={self.device.type} ({name}) dtype={self.dtype_name} "
             f"communication={self.communication} engine={self.engine} launcher={self.launcher} "
             f"ranks={self.world_size} threads={torch.get_num_threads()}"
         )
+
+
+def processor_name() -> str:
+    """The processor's name; its architecture where the system does not tell the name, as on arm64."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def _leave_group() -> None:

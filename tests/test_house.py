@@ -27,14 +27,15 @@ FLOORS = (
     {"parallel", "data", "tokenizers"},
     {"model", "loss"},
     {"optim", "pipeline", "pipeline_order", "checkpoint"},
-    {"trainer", "console", "metrics", "generate", "evaluate", "pictures", "self_test"},
-    {"pretrain", "run_folder", "planner", "experiments", "pretrain_t2i", "tools"},
+    {"trainer", "console", "metrics", "generate", "evaluate", "pictures", "drawn", "html_page", "self_test"},
+    {"pretrain", "run_folder", "planner", "experiments", "serving", "pretrain_t2i", "tools", "examples"},
 )
 PRODUCT = sorted(
     [
         *ROOT.glob("megat2i/**/*.py"),
         *ROOT.glob("kernels/**/*.py"),
         *ROOT.glob("tools/**/*.py"),
+        *ROOT.glob("examples/**/*.py"),
         ROOT / "pretrain_t2i.py",
     ]
 )

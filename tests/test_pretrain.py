@@ -125,6 +125,7 @@ def test_a_run_leaves_its_whole_record(unbroken):
     events = EventAccumulator(str(unbroken / "tensorboard")).Reload()
     assert {key for key in KEYS if key not in ("step", "mfu")} <= set(events.Tags()["scalars"])
     assert events.Tags()["images"] == ["samples/red hut"]
+    assert sorted(path.name for path in (unbroken / "drawn").iterdir()) == ["step-000006.json", "step-000006.png"]
 
 
 def test_the_console_tells_how_it_ended_and_what_is_next(started, tmp_path):

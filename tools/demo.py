@@ -30,13 +30,10 @@ def main() -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     prepare()
     train()
-    run("The report", sys.executable, "tools/demo_report.py", "--run", str(RUN))
-    print(f"\nThe demo took {(time.monotonic() - started) / 60:.1f} minutes. Results:")
-    for name in ("samples.png", "curves.png", "quality.json", "metrics.jsonl", "tensorboard"):
-        print(f"  {RUN / name}")
-    python = Path(sys.executable)
-    python = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
-    print(f"More pictures: {python} tools/generate.py --run {RUN} --prompts 'red apple' 'flag of France'")
+    run("The report", sys.executable, "examples/openmoji/report.py", "--run", str(RUN))
+    files = ", ".join(("samples.png", "curves.png", "quality.json", "drawn", "metrics.jsonl", "tensorboard"))
+    print(f"\nThe demo took {(time.monotonic() - started) / 60:.1f} minutes. In {RUN}: {files}")
+    print(f"The page to look at: {RUN / 'report.html'}")
 
 
 def prepare() -> None:

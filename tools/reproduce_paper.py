@@ -31,8 +31,9 @@ from megat2i.experiments.figures import MAKERS
 from megat2i.experiments.jobs import Job, JobError, require_done, run_jobs, seconds_of
 from megat2i.experiments.miniature import Miniature, is_openmoji
 from megat2i.experiments.record import MissingRun, Record
-from megat2i.experiments.report import table, write_report
+from megat2i.experiments.report import write_report
 from megat2i.files import DataFileError
+from megat2i.html_page import table
 from megat2i.model.cost import model_parameters
 from megat2i.runtime import fast_bfloat16
 

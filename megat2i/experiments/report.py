@@ -3,17 +3,14 @@
 The page is the Markdown rendered; it needs no network: its pictures lie beside it.
 """
 
-import html
-import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import markdown
 
 from megat2i.experiments.arms import Scale
 from megat2i.experiments.claims import Claim, claims
 from megat2i.files import write_file
+from megat2i.html_page import page, plain, table
 
 TITLES = {
     "fig3": "Figure 3: pre-trained against random",
@@ -39,28 +36,6 @@ PAPER = {  # what the paper reports, in our words
 WORDS = ("aligned", "shuffled", "random")
 CODES, NEAREST = 16, 3  # listed, and tokens of each
 SHOWN_MODELS = 3  # of table 1: before, and after from both starts
-STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "img{max-width:100%;height:auto}table{border-collapse:collapse;display:block;overflow-x:auto;margin:1rem 0}"
-    "td,th{border:1px solid #ccc;padding:.3rem .6rem;text-align:left;vertical-align:top}"
-    "td{min-width:6rem}"
-    "pre{background:#f5f5f5;padding:.6rem;overflow-x:auto;font-size:.8rem}"
-    "blockquote{border-left:4px solid #99b;margin:0;padding:.2rem 1rem;background:#f4f6fb}"
-)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence]) -> str:
-    """A Markdown table of plain texts."""
-    lines = [head, ["---"] * len(head), *(map(plain, row) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def plain(value) -> str:
-    """A value as Markdown that shows just its text, on one line."""
-    text = re.sub(
-        r"[\\`*\[\]|]|(?<![^\W_])_|_(?![^\W_])", lambda found: f"&#{ord(found[0])};", html.escape(str(value), False)
-    )
-    return text.replace("\n", "<br>")
 
 
 def write_report(
@@ -101,12 +76,7 @@ def write_report(
     blocks += ["## Commands, each with what its run changes", f"```\n{listed}\n```"]
     text = "\n\n".join(blocks) + "\n"
     write_file(folder / "report.md", text.encode())
-    head = '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-    head += (
-        f'<meta name="viewport" content="width=device-width"><title>The paper, reproduced</title><style>{STYLE}</style>'
-    )
-    page = markdown.markdown(text, extensions=["tables", "fenced_code"], output_format="html")
-    write_file(folder / "report.html", f"{head}</head>\n<body>\n{page}\n</body></html>\n".encode())
+    write_file(folder / "report.html", page("The paper, reproduced", text))
     return found
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from megat2i.experiments.arms import NANO
 from megat2i.experiments.record import paired
-from megat2i.experiments.report import plain, table, write_report
+from megat2i.experiments.report import write_report
+from megat2i.html_page import plain, table
 
 
 class Cells(HTMLParser):
