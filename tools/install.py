@@ -6,6 +6,7 @@ is in the folder's ``install.log``. Every failure is one sentence. Needs only th
 """
 
 import argparse
+import contextlib
 import fcntl
 import os
 import re
@@ -38,7 +39,7 @@ class Progress:
 
     def __init__(self, site_packages: Path):
         self._site_packages = site_packages
-        self._work, self._packages = "making the environment", 0
+        self._work, self._packages = "making the environment", []
         self._began, self._ended = time.monotonic(), threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
 
@@ -57,22 +58,30 @@ class Progress:
             done, total = (int(number) / 1e6 for number in rest.split(" of "))
             self._work = f"{self._work.partition(':')[0]}: {done:.0f} of {total:.0f} MB"
         elif word == "Installing" and rest.startswith("collected packages"):
-            self._work, self._packages = "unpacking", rest.count(",") + 1
+            self._packages, self._unpacking_since = rest.partition(": ")[2].split(", "), time.time()
         elif word in ("Collecting", "Downloading", "Building", "Preparing"):
-            self._work, self._packages = re.sub(r" \(.*|:.*", "", line.strip()).lower(), 0
+            self._work, self._packages = re.sub(r" \(.*|:.*", "", line.strip()).lower(), []
 
     def seconds(self) -> float:
         """Since the beginning."""
         return time.monotonic() - self._began
 
+    def _line(self) -> str:
+        packages = self._packages
+        if not packages:
+            return self._work
+        # pip unpacks its list in order and says nothing; the metadata of a package comes last.
+        number = 0
+        for metadata in self._site_packages.glob("*.dist-info"):
+            with contextlib.suppress(FileNotFoundError):  # an older release, removed at this moment
+                number += metadata.stat().st_mtime >= self._unpacking_since
+        number = min(number, len(packages) - 1)
+        return f"unpacking {number + 1} of {len(packages)}: {packages[number]}"
+
     def _show(self) -> None:
         terminal = sys.stdout.isatty()
         while not self._ended.wait(0.5 if terminal else 3.0):
-            work = self._work
-            if self._packages:
-                unpacked = sum(1 for _ in self._site_packages.glob("*.dist-info"))
-                work = f"unpacking {self._packages} packages, {unpacked} are there"
-            line = f"{self.seconds():5.0f} s  {work}"
+            line = f"{self.seconds():5.0f} s  {self._line()}"
             print(f"\r{line:78.78}" if terminal else line, end="" if terminal else "\n", flush=True)
         if terminal:
             print(f"\r{'':78}\r", end="", flush=True)
@@ -126,7 +135,7 @@ class Environment:
             (self.folder / name).unlink(missing_ok=True)
         if not interrupted:
             return
-        print(f"{self.folder} is half made: its installation was interrupted. It is made anew.", flush=True)
+        print(f"{self.folder} is half made, since the last installation did not end: it is made anew", flush=True)
         for path in self.folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -139,7 +148,9 @@ class Environment:
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         with Progress(self.folder / "lib" / version / "site-packages") as progress, self.log.open("w") as log:
             # Resolved: where the environment is active, the interpreter that runs this is its own link to the real one.
-            self._run(log, progress, str(Path(sys.executable).resolve()), "-m", "venv", str(self.folder))
+            interpreter = str(Path(sys.executable).resolve())
+            self._run(log, progress, interpreter, "-m", "venv", "--without-pip", str(self.folder))
+            self._run(log, progress, str(self.python), "-m", "ensurepip", "--upgrade")
             # Sources are built with these two, not with a copy that pip would fetch for each of them.
             self._pip(log, progress, "pip", "setuptools", "wheel", bar="off")
             self._pip(log, progress, "--no-build-isolation", "-e", f"{ROOT}[{extras}]")
@@ -178,7 +189,7 @@ class Environment:
         if FULL_DISK in output:
             return self._full_disk()
         errors = re.findall(r"^ *(?:ERROR|error|Error): (.*)", output, re.MULTILINE) or ["without a word of why"]
-        reason = UNREACHABLE.search(output if "(from versions: none)" in output else " ".join(errors))
+        reason = UNREACHABLE.search(output)
         if reason:
             remedy = "see to the network, or to the index and the proxy in pip's settings"
             return f"No package index can be reached ({reason[0]}): {remedy} (the words of pip: {self.log})."
