@@ -1,4 +1,4 @@
-# make demo: data, training, pictures, in one go. make test: the whole suite. Both make their own .venv first.
+# make demo: data, training, pictures, in one go. make test: the whole suite. Both first make or complete .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +13,7 @@ GPU_ENV := $(if $(PY),,env-test)
 
 .PHONY: env env-test demo test test-full gpu-path test-gpu sanitize-gpu bench-gpu lint bench clean
 
-# What the demo needs, and with it what the tests, the linter and the benchmarks need.
+# env: what the demo needs. env-test: with it what the tests, the linter and the benchmarks need.
 env: $(VENV)/.installed
 env-test: $(VENV)/.installed-test
 
