@@ -1,37 +1,38 @@
-# make demo: data, training, pictures, in one go. make test: the whole suite. Both make their own .venv first.
+# make demo: data, training, pictures, in one go. make test: the whole suite. Both first make or complete .venv.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PATH := $(BIN):$(PATH)
 # Two test processes on two cores: threads of their own would only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The interpreter of the GPU targets: PY where it is set (nothing is installed then), else that of .venv.
 GPU_PYTHON := $(or $(PY),$(BIN)/python)
-GPU_ENV := $(if $(PY),,env)
+GPU_ENV := $(if $(PY),,env-test)
 
-.PHONY: env demo test test-full gpu-path test-gpu sanitize-gpu bench-gpu lint bench clean
+.PHONY: env env-test demo test test-full gpu-path test-gpu sanitize-gpu bench-gpu lint bench clean
 
+# env: what the demo needs. env-test: with it what the tests, the linter and the benchmarks need.
 env: $(VENV)/.installed
+env-test: $(VENV)/.installed-test
 
-# torch comes first and alone: DeepSpeed's set-up imports it, hence no build isolation for the rest.
-$(VENV)/.installed: pyproject.toml constraints.txt tools/check_machine.sh
-	@PYTHON="$(PYTHON)" sh tools/check_machine.sh
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch numpy setuptools wheel
-	$(PIP) --no-build-isolation -e '.[test]'
-	$(PIP) --no-deps torch-fidelity # a peer of the tests; by itself it would bring torchvision, made for another torch
-	@touch $@
+INSTALL = PYTHON="$(PYTHON)" sh tools/check_machine.sh && $(PYTHON) tools/install.py $(VENV)
+INPUTS := pyproject.toml constraints.txt tools/check_machine.sh tools/install.py
+
+$(VENV)/.installed: $(INPUTS)
+	@$(INSTALL) demo
+
+$(VENV)/.installed-test: $(INPUTS)
+	@$(INSTALL) test
 
 demo: env
 	$(BIN)/python tools/demo.py
 
-test: env lint
+test: env-test lint
 	$(PYTEST)
 
-test-full: env lint
+test-full: env-test lint
 	$(PYTEST) --full
 
 # On a machine with a GPU and a CUDA build of PyTorch of its own, without installing anything and without a network:
@@ -73,7 +74,8 @@ bench-gpu: gpu-path
 		$${file:+--json $$file} || status=1;) \
 	$(GPU_PYTHON) benchmarks/table.py $$file; exit $$status
 
-bench: env
+bench: env-test
+	@PYTHON="$(PYTHON)" sh tools/check_machine.sh compiler
 	$(BIN)/python benchmarks/bench_dataset.py
 	$(BIN)/python benchmarks/bench_preprocess.py
 	$(BIN)/python benchmarks/bench_training.py
@@ -82,7 +84,7 @@ bench: env
 	$(BIN)/python benchmarks/bench_memory.py
 	$(BIN)/python benchmarks/bench_scale.py
 
-lint: env
+lint: env-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

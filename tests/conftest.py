@@ -235,9 +235,11 @@ def providers(repository):
 def make_training():
     """Function of (engine name or None, Config) -> (pipeline, engine, groups); to be called on every rank."""
     # Slow imports, here once instead of in every forked rank (optimizers load them when first used).
+    import deepspeed.ops
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     import torch._dynamo  # noqa: F401
 
+    assert deepspeed.ops.__compatible_ops__  # found out when first asked for, with a compiler's help
     from megat2i.kernels import choose_ops
     from megat2i.model.freezing import freeze
     from megat2i.model.gpt import GPT

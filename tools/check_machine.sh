@@ -1,5 +1,6 @@
 #!/bin/sh
-# Says in one sentence what the machine lacks for `make env`: Linux, Python 3.11 or newer, venv, a C++ compiler.
+# Says in one sentence what the machine lacks: Linux and Python 3.11 or newer with venv; with the argument "compiler" also
+# a C++ compiler and Python's headers, which torch.compile needs.
 PYTHON="${PYTHON:-python3}"
 missing=""
 add() { missing="${missing:+$missing, }$1"; }
@@ -11,11 +12,15 @@ elif ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     add "Python 3.11 or newer ('$PYTHON' is $("$PYTHON" --version 2>&1); name another with make PYTHON=...)"
 else
     "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null || add "Python's venv module (Debian: apt install python3-venv)"
-    include=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
-    [ -e "$include/Python.h" ] || add "Python's headers (Debian: apt install python3-dev)"
+    if [ "$1" = compiler ]; then
+        include=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
+        [ -e "$include/Python.h" ] || add "Python's headers (Debian: apt install python3-dev)"
+    fi
 fi
-command -v "${CXX:-c++}" >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 ||
-    add "a C++ compiler for torch.compile in the benchmarks (Debian: apt install g++)"
+if [ "$1" = compiler ]; then
+    command -v "${CXX:-c++}" >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 ||
+        add "a C++ compiler for torch.compile (Debian: apt install g++)"
+fi
 
 if [ -n "$missing" ]; then
     echo "This machine lacks: $missing." >&2
