@@ -26,7 +26,7 @@ FLOORS = (
     {"model", "loss"},
     {"optim", "pipeline", "pipeline_order", "checkpoint"},
     {"trainer", "metrics", "generate", "evaluate", "pictures", "self_test"},
-    {"pretrain", "run_folder", "planner", "experiments", "pretrain_t2i", "tools"},
+    {"pretrain", "run_folder", "planner", "experiments", "serving", "pretrain_t2i", "tools"},
 )
 PRODUCT = sorted(
     [
