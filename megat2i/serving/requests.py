@@ -14,6 +14,7 @@ from megat2i.generate import Sampler
 MAX_PROMPT = 1000  # characters
 MAX_IMAGES = 10  # of one request, as OpenAI's
 MAX_SEED = 2**32 - 1
+RANDOM_SEEDS = 1_000_000  # short enough to be read and typed again
 
 
 class ApiError(Exception):
@@ -105,7 +106,7 @@ class ServedRun:
 def seeds_for(wanted: ImageRequest) -> list[int]:
     """One for every image; a request without a seed gets a random one. Raises ApiError."""
     count = wanted.n or 1
-    first = secrets.randbelow(MAX_SEED + 2 - count) if wanted.seed is None else wanted.seed
+    first = secrets.randbelow(RANDOM_SEEDS) if wanted.seed is None else wanted.seed
     if first + count - 1 > MAX_SEED:
         raise ApiError(400, f"seed: the last image's seed would be above {MAX_SEED}", "seed", "invalid_value")
     return list(range(first, first + count))

@@ -57,6 +57,7 @@ class Server(uvicorn.Server):
 
     def _stop(self, name: str) -> None:
         if self._stopping is None:
+            self.worker.close()
             print(f"{name}: finishing what was accepted; once more ends at once", flush=True)
             self._stopping = asyncio.ensure_future(self._finish())
         else:
@@ -64,7 +65,6 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
     async def _finish(self) -> None:
-        self.worker.close()
         await asyncio.to_thread(self.worker.join)
         self.should_exit = True
 
