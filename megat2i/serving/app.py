@@ -110,6 +110,7 @@ class Service:
             "rows": self.worker.rows,
             "waiting": waiting,
             "drawing": drawing,
+            "drawn": self.worker.drawn,
             "batch_size": self.worker.batch_size,
             "sampling": sampling,
             "guidance": self.run.guidance,
@@ -215,7 +216,9 @@ def _http(error: HTTPException) -> ApiError:
 def _invalid(error: RequestValidationError) -> ApiError:
     """One sentence on the first thing that is wrong."""
     first = error.errors()[0]
-    param = str(first["loc"][1]) if len(first["loc"]) > 1 and first["type"] != "json_invalid" else None
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
+    param = str(first["loc"][1]) if len(first["loc"]) > 1 else None
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"there is no parameter {json.dumps(param[:50])}", param[:50], "unknown_parameter")
     message = first["msg"][:1].lower() + first["msg"][1:]

@@ -81,6 +81,7 @@ class Worker:
         self.rows, self.columns = sampler.image_tokenizer.grid
         self.error: Exception | None = None  # of the last batch
         self.batch_s = 0.0  # duration of the last batch
+        self.drawn = 0  # images finished so far
         self._waiting: deque[Place] = deque()
         self._drawing: list[Place] = []
         self._closed = False
@@ -182,6 +183,7 @@ class Worker:
                 ended = time.monotonic()
                 preview_from = ended + (ended - began) * (1 / PREVIEW_SHARE - 1)
         self._show(canvas, places, self.rows)
+        self.drawn += len(places)
 
     def _show(self, canvas: Drawing, places: list[Place], rows: int) -> None:
         """Give the first ``rows`` rows of every image to the orders: all of them, or those that want previews."""

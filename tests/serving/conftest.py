@@ -3,11 +3,19 @@
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from server_process import Running
+
+from megat2i.generate import Sampler
+from megat2i.kernels import choose_ops
+from megat2i.model.gpt import GPT
+from megat2i.tokenizers.image import load_image_tokenizer
+from megat2i.tokenizers.text import load_text_tokenizer
 
 CONFIG = """
 run: {{dir: {folder}/run}}
@@ -40,6 +48,24 @@ def run(repository, tmp_path_factory) -> Path:
         done = subprocess.run([sys.executable, *map(str, command)], cwd=repository, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def make_sampler(run_config, tiny_store, tmp_path_factory):
+    """Function that makes a sampler of an untrained model with sharp predictions."""
+
+    def make() -> Sampler:
+        settings = run_config(tmp_path_factory.mktemp("run"))
+        layout, ops = settings.vocab_layout, choose_ops(torch.device("cpu"), torch.float32)
+        model = GPT(replace(settings.model, positions="rotary"), layout.size, layout.ranges, ops)
+        model.initialise(0)
+        model.requires_grad_(False)
+        model.output.weight.mul_(3)
+        text = load_text_tokenizer(tiny_store / "text.json")
+        image = load_image_tokenizer(tiny_store / "image.safetensors")
+        return Sampler(model, layout, text, image, settings.data.sequence_length, "text_to_image")
+
+    return make
 
 
 @pytest.fixture(scope="session")

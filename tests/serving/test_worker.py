@@ -5,32 +5,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from megat2i.config import SamplingConfig
-from megat2i.generate import Sampler
-from megat2i.kernels import choose_ops
-from megat2i.model.gpt import GPT
 from megat2i.serving.worker import Order, QueueFull, Stopping, Worker
-from megat2i.tokenizers.image import load_image_tokenizer
-from megat2i.tokenizers.text import load_text_tokenizer
 
 SETTINGS = SamplingConfig(temperature=0.9)
 ROWS, BATCH_SIZE, CAPACITY = 2, 4, 6
 
 
 @pytest.fixture(scope="module")
-def sampler(run_config, tiny_store, tmp_path_factory):
-    """Of an untrained model with sharp predictions; its images are two rows of two codes."""
-    settings = run_config(tmp_path_factory.mktemp("run"))
-    layout = settings.vocab_layout
-    ops = choose_ops(torch.device("cpu"), torch.float32)
-    model = GPT(replace(settings.model, positions="rotary"), layout.size, layout.ranges, ops)
-    model.initialise(0)
-    model.requires_grad_(False)
-    model.output.weight.mul_(3)
-    text, image = load_text_tokenizer(tiny_store / "text.json"), load_image_tokenizer(tiny_store / "image.safetensors")
-    return Sampler(model, layout, text, image, 24, "text_to_image")
+def sampler(make_sampler):
+    """Its images are two rows of two codes."""
+    return make_sampler()
 
 
 @pytest.fixture
