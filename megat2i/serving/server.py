@@ -18,12 +18,14 @@ CLOSING_S = 5  # in which clients must take what is drawn when the server ends
 
 def bound_socket(host: str, port: int) -> socket.socket:
     """A socket that has its address, before anything slow begins; raises ConfigError."""
+    if not 0 <= port <= 65535:  # getaddrinfo would take the rest of a division
+        raise ConfigError(f"--port is {port}; it must be between 0 and 65535")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         problem = f"cannot listen on {host}, port {port} ({error})"
         raise ConfigError(f"{problem}; choose others with --host and --port") from error
     return bound

@@ -37,7 +37,7 @@ def test_a_folder_without_a_run(repository, tmp_path):
     [
         (("--batch-size", "0"), "--batch-size"),
         (("--queue", "9"), "at least 10"),
-        (("--port", "70000"), "port 70000"),
+        (("--port", "70000"), "--port is 70000"),
         (("--host", "203.0.113.1"), "--host"),
     ],
 )
