@@ -7,7 +7,7 @@ the batch.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,11 +99,7 @@ class Sampler:
         rows = [self.prompt_tokens(prompt) for prompt in prompts]
         drawing, done = Drawing(self, sampling, batch_size, graphs), []
         for start in range(0, len(rows), batch_size):
-            batch, batch_seeds = rows[start : start + batch_size], list(seeds[start : start + batch_size])
-            live = len(batch)
-            batch += [self.prompt_tokens("")] * (batch_size - live)
-            batch_seeds += [0] * (batch_size - live)
-            done.append(drawing.batch(batch, batch_seeds)[:live])
+            done.append(drawing.batch(rows[start : start + batch_size], seeds[start : start + batch_size]))
         return torch.cat(done)
 
     def prompt_tokens(self, prompt: str) -> list[int]:
@@ -151,11 +147,24 @@ class Drawing:
         self.graph = None
         self.recording = graphs and device.type == "cuda" and _on_one_device(model)
 
+    def batch(self, rows: Sequence[list[int]], seeds: Sequence[int]) -> Tensor:
+        """Image codes [len(rows), image tokens] behind the prompts ``rows``, on the CPU; at most ``batch_size``."""
+        for _ in self.steps(rows, seeds):
+            pass
+        return self.drawn(len(rows), self.codes.shape[1])
+
     @torch.no_grad()
-    def batch(self, rows: list[list[int]], seeds: list[int]) -> Tensor:
-        """Image codes [batch size, image tokens] behind the prompts ``rows``, on the CPU."""
+    def steps(self, rows: Sequence[list[int]], seeds: Sequence[int]) -> Iterator[int]:
+        """Draw code after code, and say after each how many every image has; ``drawn`` reads them.
+
+        Fewer prompts than ``batch_size`` are filled up with empty ones. Whoever stops asking ends the drawing; the next
+        batch begins anew.
+        """
+        empty = self.sampler.prompt_tokens("")
+        missing = self.codes.shape[0] - len(rows)
+        rows, seeds = [*rows, *[empty] * missing], [*seeds, *[0] * missing]
         if self.guided:
-            rows = rows + [self.sampler.prompt_tokens("")] * len(rows)
+            rows = rows + [empty] * len(rows)
         tokens, first = self.sampler.left_padded(rows)
         self.first.copy_(first)
         for row, seed in zip(self.noise, seeds, strict=True):
@@ -163,13 +172,21 @@ class Drawing:
         self.cache.position.zero_()
         self.step.zero_()
         self._draw(self.model.next_logits(tokens.to(self.first.device), self.cache, self.columns))
-        for _ in range(1, self.codes.shape[1]):
+        yield 1
+        for count in range(2, self.codes.shape[1] + 1):
             if self.graph is None:
                 self._one_code()  # the first one also compiles what the graph will hold
                 self.graph = self._record() if self.recording else None
             else:
                 self.graph.replay()
-        codes = self.codes.to("cpu", copy=True)
+            yield count
+
+    def drawn(self, images: int, count: int) -> Tensor:
+        """The first ``count`` codes of the first ``images`` of the batch, int64 [images, count], on the CPU.
+
+        Raises ValueError where the model's logits were not finite.
+        """
+        codes = self.codes[:images, :count].to("cpu", copy=True)
         if codes.min() < 0:
             raise ValueError("the model's logits are not finite: its weights are damaged or its training diverged")
         return codes

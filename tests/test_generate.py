@@ -10,7 +10,7 @@ from distributed import run_ranks
 
 from megat2i import checkpoint
 from megat2i.config import ConfigError, ParallelConfig, SamplingConfig, VocabConfig, to_yaml
-from megat2i.generate import Sampler, draw
+from megat2i.generate import Drawing, Sampler, draw
 from megat2i.model.gpt import GPT
 from megat2i.tokenizers.image import load_image_tokenizer
 from megat2i.tokenizers.text import load_text_tokenizer
@@ -87,6 +87,20 @@ def test_an_image_does_not_depend_on_its_batch(sampler, guidance):
         assert torch.equal(alone[0], together[index])
     backwards = sampler.codes(PROMPTS[::-1], seeds[::-1], settings, batch_size=4)
     assert torch.equal(backwards.flip(0), together)
+
+
+def test_codes_are_seen_as_they_are_drawn(sampler):
+    """By whoever asks; a batch that was left is forgotten by the next one in the same memory."""
+    rows = [sampler.prompt_tokens(prompt) for prompt in PROMPTS[:3]]
+    drawing, whole = Drawing(sampler, SETTINGS, 4, graphs=True), sampler.codes(PROMPTS[:3], [5, 6, 7], SETTINGS, 4)
+    for count in drawing.steps(rows, [1, 2, 3]):
+        if count == 2:
+            break
+    counts = []
+    for count in drawing.steps(rows, [5, 6, 7]):
+        counts.append(count)
+        assert torch.equal(drawing.drawn(3, count), whole[:, :count])
+    assert counts == [1, 2, 3, 4]
 
 
 def test_codes_depend_on_prompt_and_seed(sampler):

@@ -1,0 +1,65 @@
+"""Clients and batches that misbehave for longer than a test could wait: the application without a network."""
+
+import asyncio
+import json
+
+import pytest
+from fastapi import FastAPI
+
+from megat2i.config import SamplingConfig
+from megat2i.serving import app, guard
+from megat2i.serving.app import DrawingResponse, Service
+from megat2i.serving.guard import Guard
+from megat2i.serving.requests import ServedRun
+from megat2i.serving.worker import Order, Worker
+
+POST = {
+    "type": "http",
+    "method": "POST",
+    "path": "/",
+    "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+    "asgi": {"version": "3.0", "spec_version": "2.3"},
+}
+
+
+async def never(*_):
+    await asyncio.get_running_loop().create_future()
+
+
+@pytest.fixture
+def worker(make_sampler):
+    return Worker(make_sampler(), SamplingConfig(), 2, 10)
+
+
+def test_a_client_that_never_reads_is_given_up(worker, monkeypatch, caplog):
+    monkeypatch.setattr(app, "SEND_S", 0.05)
+    order = Order([1], [0], SamplingConfig(), True, lambda: None)
+    worker.submit(order)
+
+    async def lines():
+        while True:
+            yield "{}\n"
+
+    asyncio.run(DrawingResponse(lines(), worker, order)(POST, never, never))
+    assert order.abandoned and worker.load() == (0, 0) and "stopped reading" in caplog.text
+
+
+def test_a_body_that_never_comes_is_given_up(monkeypatch):
+    monkeypatch.setattr(guard, "BODY_S", 0.05)
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(Guard(FastAPI(), loopback=True)(POST, never, send))
+    assert sent[0]["status"] == 408
+    assert json.loads(sent[1]["body"])["error"]["code"] == "body_too_slow"
+
+
+def test_health_tells_of_a_failed_batch(worker):
+    service = Service(ServedRun("run", worker.sampler, SamplingConfig(), True), worker)
+    worker.error = ValueError("the model's logits are not finite")
+    answer = asyncio.run(service.health())
+    assert answer.status_code == 503 and json.loads(answer.body)["status"] == "failing"
+    worker.error = None
+    assert asyncio.run(service.health()).status_code == 200
