@@ -27,7 +27,7 @@ FLOORS = (
     {"parallel", "data", "tokenizers"},
     {"model", "loss"},
     {"optim", "pipeline", "pipeline_order", "checkpoint"},
-    {"trainer", "console", "metrics", "generate", "evaluate", "pictures", "self_test"},
+    {"trainer", "console", "metrics", "generate", "evaluate", "fonts", "pictures", "self_test"},
     {"pretrain", "run_folder", "planner", "experiments", "pretrain_t2i", "tools"},
 )
 PRODUCT = sorted(
