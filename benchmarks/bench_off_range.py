@@ -30,7 +30,7 @@ from megat2i import config
 from megat2i.config import Config
 from megat2i.data.batches import TrainingData
 from megat2i.data.indexed import IndexedWriter
-from megat2i.data.sizes import with_vocabulary
+from megat2i.data.sizes import with_data_sizes
 from megat2i.data.t2i_dataset import T2IDataset
 from megat2i.kernels import choose_ops
 from megat2i.kernels.linear_cross_entropy.tokens import ROW_TILE
@@ -125,7 +125,9 @@ def openmoji() -> Config | str:
     data = [dataclasses.replace(dataset, prefix=str(ROOT / dataset.prefix)) for dataset in settings.data.train]
     if not Path(f"{data[0].prefix}.idx").exists():
         return f"{settings.data.train[0].prefix} is absent: tools/demo.py makes it"
-    return with_vocabulary(dataclasses.replace(settings, data=dataclasses.replace(settings.data, train=data)))
+    return with_data_sizes(
+        dataclasses.replace(settings, data=dataclasses.replace(settings.data, train=data, valid=None))
+    )
 
 
 def synthetic(settings: Config, folder: Path) -> Config:

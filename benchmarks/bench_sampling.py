@@ -27,7 +27,7 @@ from megat2i.generate import Drawing, Sampler
 from megat2i.kernels import choose_ops
 from megat2i.model import cost
 from megat2i.model.gpt import GPT
-from megat2i.runtime import DTYPES
+from megat2i.runtime import Backend
 
 GUIDANCE = SamplingConfig(guidance=3.0, top_k=1000)
 PEER = "transformers.generate"
@@ -60,7 +60,7 @@ def main() -> None:
         config.load(arguments.config, arguments.overrides),
         Record("sampling", arguments.json, device, arguments.minutes),
     )
-    dtype = DTYPES[settings.runtime.dtype] if cuda else torch.float32
+    dtype = Backend.resolve(settings).dtype if cuda else torch.float32
     tokens, prompt = arguments.image_tokens, (arguments.prompt_tokens, arguments.prompt_width)
     bandwidth = copy_bandwidth(2**30 if cuda else 2**26, 10, device)
     print(f"copy: {bandwidth:.0f} GB/s, {tokens} tokens an image, guidance, {dtype}\n{header()}")

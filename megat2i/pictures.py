@@ -1,18 +1,19 @@
 """Sheets of pictures with captions under them, as PNG files."""
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from megat2i.files import PendingFile, commit
+from megat2i.fonts import Lettering
 
 FONT_SIZE = 13
 LINE_HEIGHT = 16
 CAPTION_LINES = 3
 MARGIN = 8
+MINIMUM_WIDTH = 56  # pixels of a line of a caption, below however narrow a picture
 
 
 def enlarge(image: np.ndarray, side: int) -> Image.Image:
@@ -33,9 +34,8 @@ def sheet(
     rows = -(-len(cells) // columns)
     top = MARGIN + (2 * LINE_HEIGHT if title else 0)
     page = Image.new("RGB", (MARGIN + columns * cell_width, top + rows * cell_height), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(FONT_SIZE)
-    draw.text((MARGIN, MARGIN), title, fill="black", font=font)
-    letters = max(8, (cell_width - MARGIN) // 7)  # about 7 pixels a letter at this size
+    draw, lettering = ImageDraw.Draw(page), Lettering(FONT_SIZE)
+    lettering.draw(draw, (MARGIN, MARGIN), title)
     for index, (caption, _) in enumerate(cells):
         x = MARGIN + index % columns * cell_width
         y = top + index // columns * cell_height
@@ -43,8 +43,9 @@ def sheet(
             page.paste(picture, (x + number * (width + 4), y))
             frame = (x + number * (width + 4) - 1, y - 1, x + number * (width + 4) + width, y + height)
             draw.rectangle(frame, outline=(200, 200, 200))
-        lines = textwrap.wrap(caption, letters)[:CAPTION_LINES]
-        draw.text((x, y + height + 2), "\n".join(lines), fill="black", font=font, spacing=2)
+        lines = lettering.wrap(caption, max(MINIMUM_WIDTH, cell_width - MARGIN))[:CAPTION_LINES]
+        for number, line in enumerate(lines):
+            lettering.draw(draw, (x, y + height + 2 + number * LINE_HEIGHT), line)
     return page
 
 

@@ -11,15 +11,13 @@ import sys
 import time
 from pathlib import Path
 
-from megat2i.runtime import fast_bfloat16
-
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/openmoji_demo.yaml"
 RUN = Path("runs/demo")
 DATA = Path("data/openmoji")
 # Why these sizes: the comments in the configuration.
 TOKENIZERS = ("--train-text-tokenizer", "1024", "--image-tokenizer", "patch", "--image-size", "48")
-PATCHES = ("--patch-size", "6", "--codebook-size", "6144")
+PATCHES = ("--patch-size", "8", "--codebook-size", "3072")
 
 
 def main() -> None:
@@ -40,21 +38,18 @@ def prepare() -> None:
     """Shards of the training and the held-out pictures; the tokenizers are fitted on the training pictures alone."""
     preprocess = (sys.executable, "tools/preprocess_data.py", "--input", "openmoji")
     if not Path(f"{DATA}/train.json").exists():
-        output = ("--split", "train", "--output-prefix", f"{DATA}/train")
+        output = ("--split", "small-train", "--output-prefix", f"{DATA}/train")
         run("Training data", *preprocess, *output, *TOKENIZERS, *PATCHES)
     if not Path(f"{DATA}/valid.json").exists():
-        output = ("--split", "valid", "--output-prefix", f"{DATA}/valid")
+        output = ("--split", "small-valid", "--output-prefix", f"{DATA}/valid")
         tokenizers = ("--text-tokenizer", f"{DATA}/text_tokenizer.json")
         tokenizers += ("--image-tokenizer", f"{DATA}/image_tokenizer.safetensors")
         run("Held-out data", *preprocess, *output, *tokenizers)
 
 
 def train() -> None:
-    """Train, or continue what is there, in bfloat16 where the processor multiplies it fast."""
-    command = ["deepspeed", "--num_accelerators", "1", "pretrain_t2i.py", "--config", CONFIG]
-    if not fast_bfloat16():
-        print("This processor has no bfloat16 arithmetic: training in float32, with fewer steps.")
-        command += ["runtime.dtype=float32", "training.steps=1600"]
+    """Train, or continue what is there."""
+    command = ["deepspeed", "--quiet", "--num_accelerators", "1", "pretrain_t2i.py", "--config", CONFIG]
     if (RUN / "config.yaml").exists():
         command.append("--resume")
     run("Training", *command)

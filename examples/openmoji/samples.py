@@ -68,7 +68,7 @@ def one_color(images: Tensor) -> Tensor:
 def sample_splits(sampler: Sampler, sampling: SamplingConfig) -> dict[str, Samples]:
     """What is drawn for SEEN prompts of the training pictures and UNSEEN of the held-out ones."""
     with Progress(None, "reading OpenMoji's font", ""):
-        chosen = {"seen": choose("train", SEEN), "unseen": choose("valid", UNSEEN)}
+        chosen = {"seen": choose("small-train", SEEN), "unseen": choose("small-valid", UNSEEN)}
     everything = [drawing for drawings in chosen.values() for drawing in drawings]
     generated = draw(sampler, sampling, [drawing.caption for drawing in everything])
     tokenizer = sampler.image_tokenizer

@@ -43,7 +43,7 @@ def require_fit(settings: Config) -> None:
     source = open_pretrained(model.pretrained)
     differences = shape_differences(model, source.shape)
     if differences:
-        raise ConfigError(f"model.pretrained={model.pretrained} is another model; set {', '.join(differences)}")
+        raise ConfigError(f"model.pretrained={model.pretrained} is another model; set {' '.join(differences)}")
     if source.vocab is not None:
         if source.vocab != vocab:
             raise ConfigError(

@@ -86,6 +86,20 @@ def test_a_killed_call_goes_on(repository, run, whole, tmp_path):
     assert (tmp_path / "out/samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
 
 
+def test_ctrl_c_is_one_sentence_and_the_same_command_goes_on(repository, run, tmp_path):
+    process = start(repository, run, tmp_path / "out")
+    while len(images(tmp_path / "out")) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert err.splitlines()[-1] == "interrupted; the same command goes on where it was"
+    before = images(tmp_path / "out")
+    assert 2 <= len(before) < len(PROMPTS)
+    finish(start(repository, run, tmp_path / "out"))
+    assert {name: images(tmp_path / "out")[name] for name in before} == before
+
+
 def test_other_settings_or_other_weights_start_over(repository, run, whole, tmp_path):
     output, moved = shutil.copytree(whole, tmp_path / "out"), shutil.copytree(run, tmp_path / "run")
     shutil.copy(run.parent / "prompts.txt", tmp_path)
