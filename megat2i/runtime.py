@@ -100,9 +100,7 @@ class Backend:
             dist.init_process_group(self.communication, store=dist.HashStore(), rank=0, world_size=1)
             atexit.register(_leave_group)
         else:
-            dist.init_process_group(
-                self.communication, rank=self.rank, world_size=self.world_size, timeout=COLLECTIVE_TIMEOUT
-            )
+            self._join_group()
             dist.barrier()  # no rank writes to the run folder before all have checked it
 
     @property
@@ -113,6 +111,19 @@ class Backend:
     def computes_in_software(self) -> bool:
         """Whether the dtype is one that the device has no instructions for."""
         return self.dtype == torch.bfloat16 and not fast_bfloat16(self.device.type)
+
+    def _join_group(self) -> None:
+        try:
+            dist.init_process_group(
+                self.communication, rank=self.rank, world_size=self.world_size, timeout=COLLECTIVE_TIMEOUT
+            )
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise ConfigError(
+                f"port {os.environ.get('MASTER_PORT')} is in use, perhaps by another run on this machine: choose "
+                "another one (deepspeed and torchrun: --master_port, srun: MASTER_PORT)"
+            ) from error
 
     def describe(self) -> str:
         """One line for the log and for ``environment.json``."""

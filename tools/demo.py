@@ -6,6 +6,8 @@ complete already is not done again, and a training run that was interrupted is r
 
 import os
 import shlex
+import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -49,10 +51,20 @@ def prepare() -> None:
 
 def train() -> None:
     """Train, or continue what is there."""
-    command = ["deepspeed", "--quiet", "--num_accelerators", "1", "pretrain_t2i.py", "--config", CONFIG]
+    if shutil.which("nvidia-smi") is None:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns twice that it finds no accelerator
+    launcher = ["deepspeed", "--quiet", "--num_accelerators", "1", "--master_port", str(free_port())]
+    command = [*launcher, "pretrain_t2i.py", "--config", CONFIG]
     if (RUN / "config.yaml").exists():
         command.append("--resume")
     run("Training", *command)
+
+
+def free_port() -> int:
+    """A port that nothing uses now: the launcher's own choice, 29500, is taken while another run is under way."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def run(title: str, *command: str) -> None:

@@ -15,8 +15,8 @@ The other four tones and the drawings without a tone stay in train, as does ever
 prompt (the subject, the tone) is seen in training, the composition never is, nor the same tone on the subject's nearly
 identical variant. Nothing in the rule depends on the order or number of drawings.
 
-**The small splits**, the demo's, are the part of these two that belongs to every second family (by the same hash), without
-drawings of two tones: a small model learns in minutes what it sees often.
+**The small splits**, the demo's, are the part of these two that belongs to every second family (by the same hash),
+without drawings of two tones: a small model learns in minutes what it sees often.
 """
 
 import functools
