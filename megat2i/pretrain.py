@@ -80,14 +80,7 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
         run_folder.write(run_dir, settings, backend.engine, environment)
     run_folder.require_shared(run_dir)
     report(f"{backend.describe()} layout={groups.layout()} {model.ops.description}")
-    report(f"model: {parameters_in_words(settings)}")
-    if backend.computes_in_software():
-        report(
-            "this processor computes bfloat16 in software: with runtime.dtype=float32 a new run is many times faster"
-        )
-    for prefix, (rows, cut, needed) in data.captions.items():
-        fits = f", {cut:,} captions cut: data.sequence_length={needed} would hold all" if cut else ""
-        report(f"{prefix}: {count(rows, 'row')} of {settings.data.sequence_length} positions{fits}")
+    _describe(settings, backend, data, report)
     report(f"{'resuming after step ' + str(first_step) if found else 'starting'}: {run_dir}")
     pipeline = Pipeline(model, groups, settings.parallel.schedule)
     draw = _drawer(settings, pipeline) if settings.training.sample_every and groups.data_rank == 0 else None
@@ -98,6 +91,18 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
     # Not after an error: other ranks may wait in a collective, and NCCL would wait for them before the error shows.
     dist.destroy_process_group()
     return settings
+
+
+def _describe(settings: Config, backend: Backend, data: Data, report: Callable[[str], None]) -> None:
+    """Say how large the model and the data are, and what about them a user would want to change."""
+    report(f"model: {parameters_in_words(settings)}")
+    if backend.computes_in_software():
+        report(
+            "this processor computes bfloat16 in software: a new run with runtime.dtype=float32 is many times faster"
+        )
+    for prefix, (rows, cut, needed) in data.captions.items():
+        fits = f", {cut:,} captions cut: data.sequence_length={needed} would hold all" if cut else ""
+        report(f"{prefix}: {count(rows, 'row')} of {settings.data.sequence_length} positions{fits}")
 
 
 def parameters_in_words(settings: Config) -> str:
