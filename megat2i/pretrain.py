@@ -79,7 +79,8 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
         environment["resumed_from"] = str(found.path) if found else None
         run_folder.write(run_dir, settings, backend.engine, environment)
     run_folder.require_shared(run_dir)
-    _describe_run(settings, backend, groups, model, data, report)
+    report(f"{backend.describe()} layout={groups.layout()} {model.ops.description}")
+    _describe(settings, backend, data, report)
     report(f"{'resuming after step ' + str(first_step) if found else 'starting'}: {run_dir}")
     pipeline = Pipeline(model, groups, settings.parallel.schedule)
     draw = _drawer(settings, pipeline) if settings.training.sample_every and groups.data_rank == 0 else None
@@ -92,26 +93,23 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
     return settings
 
 
+def _describe(settings: Config, backend: Backend, data: Data, report: Callable[[str], None]) -> None:
+    """Say how large the model and the data are, and what about them a user would want to change."""
+    report(f"model: {parameters_in_words(settings)}")
+    if backend.computes_in_software():
+        report(
+            "this processor computes bfloat16 in software: a new run with runtime.dtype=float32 is many times faster"
+        )
+    for prefix, (rows, cut, needed) in data.captions.items():
+        fits = f", {cut:,} captions cut: data.sequence_length={needed} would hold all" if cut else ""
+        report(f"{prefix}: {count(rows, 'row')} of {settings.data.sequence_length} positions{fits}")
+
+
 def parameters_in_words(settings: Config) -> str:
     """How many parameters the model has, and how many of them learn."""
     total = model_parameters(settings.model, settings.vocab_layout.size)
     trained = freezing.trained_parameters(settings)
     return f"{total:,} parameters" + (f", {trained:,} of them trained" if trained != total else "")
-
-
-def _describe_run(
-    settings: Config, backend: Backend, groups: ParallelGroups, model: GPT, data: Data, report: Callable[[str], None]
-) -> None:
-    """Report what trains on what."""
-    report(f"{backend.describe()} layout={groups.layout()} {model.ops.description}")
-    report(f"model: {parameters_in_words(settings)}")
-    if backend.computes_in_software():
-        report(
-            "this processor computes bfloat16 in software: with runtime.dtype=float32 a new run is many times faster"
-        )
-    for prefix, (rows, cut, needed) in data.captions.items():
-        fits = f", {cut:,} captions cut: data.sequence_length={needed} would hold all" if cut else ""
-        report(f"{prefix}: {count(rows, 'row')} of {settings.data.sequence_length} positions{fits}")
 
 
 def _environment(settings: Config, backend: Backend, groups: ParallelGroups, model: GPT) -> dict:

@@ -402,3 +402,19 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(started, tmp_path):
     output, errors = process.communicate(timeout=120)
     assert process.returncode not in (0, None)
     assert "Traceback" not in errors and "step-198" in errors
+
+
+def test_what_is_left_open_is_recorded_and_kept_by_a_resumed_run(started, tmp_path, monkeypatch):
+    run, wish = tmp_path / "run", ("runtime.dtype=auto", "data.sequence_length=null")
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    output, _ = finish(started(run, *wish, "training.stop_at=2"))
+    recorded = config.load(run / "config.yaml")
+    assert recorded.runtime.dtype == "float32" and "dtype=float32" in output and "in software" not in output
+    assert recorded.data.sequence_length % 8 == 0 and "captions cut" not in output
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY")  # now a processor that may multiply bfloat16
+    output, _ = finish(started(run, *wish, "training.stop_at=3", "--resume"))
+    assert "resuming after step 2" in output and "dtype=float32" in output
+    assert config.load(run / "config.yaml").data.sequence_length == recorded.data.sequence_length
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    output, _ = finish(started(tmp_path / "slow", "runtime.dtype=bfloat16", "training.stop_at=1"))
+    assert "computes bfloat16 in software: a new run with runtime.dtype=float32 is many times faster" in output

@@ -91,6 +91,21 @@ def test_every_part_of_a_held_out_composition_is_in_train(train, valid):
     assert {tone for tones in held_out.values() for tone in tones} == {f"{tone} skin tone" for tone in openmoji.TONES}
 
 
+def test_the_small_splits_are_whole_families_of_the_large_ones(train, valid):
+    small_train, small_valid = openmoji.captioned_images("small-train"), openmoji.captioned_images("small-valid")
+    assert set(small_train) < set(train) and set(small_valid) < set(valid)
+    assert 0.4 < len(small_train) / len(train) < 0.6 and len(small_valid) >= 100
+    assert not any(" and " in drawing.caption.partition("skin tone")[2] for drawing in small_train)
+    left_out = {drawing.caption for drawing in valid} - {drawing.caption for drawing in small_valid}
+    subjects = {drawing.caption.rpartition(", ")[0] for drawing in small_valid}
+    assert not subjects & {caption.rpartition(", ")[0] for caption in left_out}
+    trained = defaultdict(set)
+    for drawing in small_train:
+        subject, _, tone = drawing.caption.rpartition(", ")
+        trained[subject].add(tone)
+    assert all(len(trained[subject]) == 4 for subject in subjects), "a held-out subject lacks tones in training"
+
+
 @pytest.mark.skipif(
     (openmoji.VERSION, emoji.__version__) != ("17.0.0", "2.16.0"), reason="other releases of the two packages"
 )
