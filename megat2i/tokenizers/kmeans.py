@@ -18,7 +18,8 @@ ITERATIONS = 100
 TOLERANCE = 1e-2  # the least relative gain of an iteration; what remains then is below 0.1 dB
 SEEDING_VECTORS = 1 << 16  # k-means++ reads all of them once per centre
 CANDIDATES = 4  # greedy k-means++: the best of this many draws becomes the next center
-DRAWN_AHEAD = 16  # centers whose candidates are drawn together
+DRAWN_AHEAD = 16  # centers whose candidates are drawn together, at most
+FEW = 64  # times as many centers must be there before candidates of several are drawn together
 
 
 def nearest(vectors: torch.Tensor, centres: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,8 +71,8 @@ def _distinct(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _seed(points: torch.Tensor, weights: torch.Tensor, clusters: int, generator: torch.Generator) -> torch.Tensor:
     """Greedy k-means++: ``clusters`` different points, each drawn in proportion to the error that it would remove.
 
-    Candidates of DRAWN_AHEAD centers are drawn at once, from the errors before the first of them: one matrix product
-    for all is many times faster than one for each, and so few centers change the errors little.
+    Candidates of several centers are drawn at once, from the errors before the first of them: one matrix product for
+    all is many times faster than one for each, and few centers among many change the errors little.
     """
     if len(points) > max(SEEDING_VECTORS, clusters):
         chosen = torch.randperm(len(points), generator=generator)[: max(SEEDING_VECTORS, clusters)]
@@ -90,8 +91,8 @@ def _seed(points: torch.Tensor, weights: torch.Tensor, clusters: int, generator:
             chosen.append(candidates[number + best])
         # Draws by a cumulative sum in float64: multinomial's float32 rounds, and ends at 2^24 points.
         cumulative = torch.cumsum(distances * weights, 0)
-        count = CANDIDATES * min(DRAWN_AHEAD, clusters - len(chosen))
-        draws = torch.rand(count, generator=generator, dtype=torch.float64) * cumulative[-1]
+        ahead = min(DRAWN_AHEAD, max(1, len(chosen) // FEW), clusters - len(chosen))
+        draws = torch.rand(CANDIDATES * ahead, generator=generator, dtype=torch.float64) * cumulative[-1]
         candidates = torch.searchsorted(cumulative, draws, right=True).clamp_(max=len(points) - 1)
     return points[torch.stack(chosen)]
 

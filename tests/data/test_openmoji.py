@@ -102,7 +102,8 @@ def test_the_small_splits_are_whole_families_of_the_large_ones(train, valid):
     trained = defaultdict(set)
     for drawing in small_train:
         subject, _, tone = drawing.caption.rpartition(", ")
-        trained[subject].add(tone)
+        if tone.endswith("skin tone"):
+            trained[subject].add(tone)
     assert all(len(trained[subject]) == 4 for subject in subjects), "a held-out subject lacks tones in training"
 
 
