@@ -51,7 +51,6 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
     run_folder.check(run_dir, settings, resume)
     if settings.model.pretrained and not checkpoint.committed(run_dir / "checkpoints"):
         pretrained.require_fit(settings)
-    run_folder.make(run_dir)
     backend.start(settings.model.seed)
     groups = ParallelGroups.create(settings.parallel)
     if settings.runtime.self_test and backend.world_size > 1:
@@ -59,6 +58,7 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
         self_test(settings, backend, groups, _engine)
     provide_model, provide_data, provide_loss = providers
     data = provide_data(settings, backend, groups)
+    run_folder.make(run_dir)  # nothing of a run that is refused up to here
     leader = backend.rank == 0
     report = say if leader else lambda line: None
     with waiting(f"checking the checkpoints of {run_dir}", leader and resume):
