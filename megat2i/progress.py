@@ -89,7 +89,7 @@ class Progress:
         if self._bar is not None:
             self._draw()
             self._bar.close()
-        elif self._lines:
+        elif self._lines and self.done:  # a wait without pieces has no last state to tell
             self._write_line()
 
     def _keep_showing(self) -> None:
