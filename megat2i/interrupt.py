@@ -4,6 +4,7 @@ The signal is taken by a thread, because the main one may sit in a collective th
 Nothing is saved on the way out: whatever is committed, a kill leaves it sound.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 HEAD_START = 0.5  # seconds for the first rank, which would else see the others go before it has spoken
 EXIT_CODE = 128 + signal.SIGINT  # as shells have it
+PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 
 
 def leave_on_interrupt(sentence: Callable[[], str] | None) -> None:
@@ -52,6 +54,11 @@ def _wait(reader: socket.socket, writer: socket.socket, sentence: Callable[[], s
 
 def _new_line() -> str:
     return "\n" if sys.stderr.isatty() else ""  # behind the ^C of the terminal
+
+
+def end_with_parent() -> None:
+    """For ``preexec_fn`` of a child process: a parent that is killed takes the child with it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager

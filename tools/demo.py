@@ -6,12 +6,12 @@ complete already is not done again, and a training run that was interrupted is r
 
 import os
 import shlex
-import shutil
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from megat2i.interrupt import EXIT_CODE, end_with_parent, said_on_interrupt
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/openmoji_demo.yaml"
@@ -26,8 +26,6 @@ def main() -> None:
     """Prepare, train, report."""
     started = time.monotonic()
     os.chdir(ROOT)
-    # The environment's own deepspeed and ninja, whether or not it was activated.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     prepare()
     train()
     run("The report", sys.executable, "examples/openmoji/report.py", "--run", str(RUN))
@@ -50,31 +48,24 @@ def prepare() -> None:
 
 
 def train() -> None:
-    """Train, or continue what is there."""
-    if shutil.which("nvidia-smi") is None:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns twice that it finds no accelerator
-    launcher = ["deepspeed", "--quiet", "--num_accelerators", "1", "--master_port", str(free_port())]
-    command = [*launcher, "pretrain_t2i.py", "--config", CONFIG]
+    """Train, or continue what is there: one process, with DeepSpeed's engine and without its launcher."""
+    command = [sys.executable, "pretrain_t2i.py", "--config", CONFIG, "optimizer.engine=deepspeed"]
     if (RUN / "config.yaml").exists():
         command.append("--resume")
     run("Training", *command)
 
 
-def free_port() -> int:
-    """A port that nothing uses now: the launcher's own choice, 29500, is taken while another run is under way."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def run(title: str, *command: str) -> None:
     print(f"\n== {title}: {shlex.join(command)}", flush=True)
     began = time.monotonic()
-    code = subprocess.run(command).returncode
+    code = subprocess.run(command, preexec_fn=end_with_parent).returncode
+    if code == EXIT_CODE:
+        sys.exit(code)  # it has said what there is to say
     if code:
         sys.exit(f"error: '{title}' failed with exit code {code}; `make demo` goes on from there once it is mended")
-    print(f"   {title}: {time.monotonic() - began:.0f} s")
+    print(f"   {title}: {time.monotonic() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    with said_on_interrupt("the demo was interrupted; `make demo` goes on where it was"):
+        main()

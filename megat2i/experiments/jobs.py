@@ -1,12 +1,10 @@
 """Jobs of commands that need each other: run side by side, shown in one progress view, gone on with after any stop."""
 
-import ctypes
 import hashlib
 import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -14,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megat2i.files import write_file
+from megat2i.interrupt import end_with_parent
 from megat2i.progress import Progress
 
 LAST_LINES = 12  # of a failed job's log in the error
 POLL_S = 0.2
-PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 
 
 class JobError(RuntimeError):
@@ -119,13 +117,8 @@ def _start(job: Job, folder: Path, environment: dict) -> subprocess.Popen:
         log.write(f"$ {shlex.join(command)}\n".encode())
         log.flush()
         return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=_end_with_parent
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=end_with_parent
         )
-
-
-def _end_with_parent() -> None:
-    """Else a killed parent's jobs would write beside those of the next one."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _mark(job: Job, folder: Path) -> Path:
