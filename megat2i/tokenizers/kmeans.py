@@ -12,6 +12,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from megat2i.progress import Progress
+
 LARGEST = 255  # magnitude of a component: sums of 258 products then stay exact in float32
 CHUNK = 1024  # vectors per matrix product: their scores stay in the cache
 ITERATIONS = 100
@@ -49,14 +51,16 @@ def weighted_kmeans(
     centres = _seed(points, weights, clusters, generator)
     step = 2.0 ** max(0, math.floor(math.log2(2**24 / (LARGEST * LARGEST * points.shape[1]))))
     last = math.inf
-    for _ in range(ITERATIONS):
-        index, errors = _assign(points, centres)
-        total = float((errors.double() * weights).sum())
-        if total > last * (1 - TOLERANCE):
-            break
-        last = total
-        centres = _means(points, weights, index, errors, clusters)
-        centres = torch.round(centres * step) / step
+    with Progress(None, "improving the codes", "iterations") as shown:
+        for _ in range(ITERATIONS):
+            index, errors = _assign(points, centres)
+            total = float((errors.double() * weights).sum())
+            if total > last * (1 - TOLERANCE):
+                break
+            last = total
+            centres = _means(points, weights, index, errors, clusters)
+            centres = torch.round(centres * step) / step
+            shown.update()
     return _settle_apart(centres, points, weights, settle)
 
 
@@ -75,25 +79,27 @@ def _seed(points: torch.Tensor, weights: torch.Tensor, clusters: int, generator:
     all is many times faster than one for each, and few centers among many change the errors little.
     """
     if len(points) > max(SEEDING_VECTORS, clusters):
-        chosen = torch.randperm(len(points), generator=generator)[: max(SEEDING_VECTORS, clusters)]
-        points, weights = points[chosen], weights[chosen]
+        sample = torch.randperm(len(points), generator=generator)[: max(SEEDING_VECTORS, clusters)]
+        points, weights = points[sample], weights[sample]
     norms, transposed, weights = points.square().sum(1), points.T.contiguous(), weights.double()
     distances = torch.full((len(points),), torch.inf)
     candidates = weights.argmax()[None]  # the first center: the commonest vector, usually the background
     chosen: list[torch.Tensor] = []
-    while len(chosen) < clusters:
-        products = points[candidates] @ transposed  # [candidates, U]
-        squared = norms[candidates, None] - 2 * products + norms
-        for number in range(0, len(candidates), CANDIDATES):
-            after = torch.minimum(squared[number : number + CANDIDATES], distances)
-            best = (after.double() @ weights).argmin()  # float64, and so exact: these are integers
-            distances = after[best]
-            chosen.append(candidates[number + best])
-        # Draws by a cumulative sum in float64: multinomial's float32 rounds, and ends at 2^24 points.
-        cumulative = torch.cumsum(distances * weights, 0)
-        ahead = min(DRAWN_AHEAD, max(1, len(chosen) // FEW), clusters - len(chosen))
-        draws = torch.rand(CANDIDATES * ahead, generator=generator, dtype=torch.float64) * cumulative[-1]
-        candidates = torch.searchsorted(cumulative, draws, right=True).clamp_(max=len(points) - 1)
+    with Progress(clusters, "choosing the codes to begin with", "codes") as shown:
+        while len(chosen) < clusters:
+            products = points[candidates] @ transposed  # [candidates, U]
+            squared = norms[candidates, None] - 2 * products + norms
+            for number in range(0, len(candidates), CANDIDATES):
+                after = torch.minimum(squared[number : number + CANDIDATES], distances)
+                best = (after.double() @ weights).argmin()  # float64, and so exact: these are integers
+                distances = after[best]
+                chosen.append(candidates[number + best])
+                shown.update()
+            # Draws by a cumulative sum in float64: multinomial's float32 rounds, and ends at 2^24 points.
+            cumulative = torch.cumsum(distances * weights, 0)
+            ahead = min(DRAWN_AHEAD, max(1, len(chosen) // FEW), clusters - len(chosen))
+            draws = torch.rand(CANDIDATES * ahead, generator=generator, dtype=torch.float64) * cumulative[-1]
+            candidates = torch.searchsorted(cumulative, draws, right=True).clamp_(max=len(points) - 1)
     return points[torch.stack(chosen)]
 
 
