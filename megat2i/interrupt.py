@@ -43,13 +43,15 @@ def _wait(reader: socket.socket, writer: socket.socket, sentence: Callable[[], s
         number = reader.recv(1)[0]
     # The main thread may meet the end of another rank now; what it says of that is no news.
     sys.excepthook = lambda kind, error, traceback: threading.Event().wait()
-    if number == signal.SIGINT and sentence is None:
-        time.sleep(HEAD_START)
-    elif number == signal.SIGINT:
-        text = sentence()
-        tqdm.get_lock().acquire()  # for good: the bar must not be drawn again
-        print(_new_line() + text, file=sys.stderr, flush=True)
-    os._exit(128 + number)
+    try:
+        if number == signal.SIGINT and sentence is None:
+            time.sleep(HEAD_START)
+        elif number == signal.SIGINT:
+            text = sentence()
+            tqdm.get_lock().acquire()  # for good: the bar must not be drawn again
+            print(_new_line() + text, file=sys.stderr, flush=True)
+    finally:
+        os._exit(128 + number)  # also where the sentence fails: nothing else listens to the signals
 
 
 def _new_line() -> str:
@@ -73,12 +75,13 @@ def said_on_interrupt(sentence: str) -> Iterator[None]:
 
 def stopped(run_dir: Path) -> str:
     """Where a training run stands, by the files of its folder, and how it goes on."""
-    steps = [int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*[0-9]")]
+    names = [path.name.removeprefix("step-") for path in (run_dir / "checkpoints").glob("step-*")]
+    steps = [int(name) for name in names if name.isdecimal()]  # a copy under another name is none
     last = _last_step(run_dir / "metrics.jsonl")
     if last is None:
         return "stopped before the first step"
     if not steps:
-        return f"stopped after step {last:,}; there is no checkpoint yet: remove {run_dir} to start anew"
+        return f"stopped after step {last:,}; there is no checkpoint yet: --resume starts from the beginning"
     return f"stopped after step {last:,}; the last checkpoint is step {max(steps):,}; --resume continues from there"
 
 
@@ -87,6 +90,6 @@ def _last_step(metrics: Path) -> int | None:
     for line in reversed(lines):
         try:
             return json.loads(line)["step"]
-        except ValueError:  # the line that was being written
+        except (ValueError, KeyError, TypeError):  # the line that was being written
             continue
     return None

@@ -62,7 +62,10 @@ def run(title: str, *command: str) -> None:
     if code == EXIT_CODE:
         sys.exit(code)  # it has said what there is to say
     if code:
-        sys.exit(f"error: '{title}' failed with exit code {code}; `make demo` goes on from there once it is mended")
+        sys.exit(
+            f"error: '{title}' failed with exit code {code}; `make demo` goes on from there once it is mended. What "
+            f"another version of the demo left must be removed first: {DATA} and {RUN}"
+        )
     print(f"   {title}: {time.monotonic() - began:.0f} s", flush=True)
 
 

@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+UPDATING = "updating"
+BEGUN = {".installing", "install.log", "tmp", "bin", "include", "lib", "lib64"}  # before there is a pyvenv.cfg
 STAMPS = {"demo": (".installed",), "test": (".installed", ".installed-test")}
 # GB, pip's downloads included: with PyTorch's CPU build, and with its CUDA build.
 SPACE = {"demo": (1.8, 10.0), "test": (3.3, 12.0)}
@@ -94,21 +96,34 @@ class Environment:
         self.folder, self.purpose = folder, purpose
         self.python, self.log = folder / "bin/python", folder / "install.log"
         self.stamps = [folder / name for name in STAMPS[purpose]]
-        self.marker = folder / ".installing"  # there while an installation runs, and after one that was interrupted
+        # There while an installation runs, and after one that did not end. It says UPDATING where the environment was
+        # complete before: pip repairs that, so it need not be emptied.
+        self.marker = folder / ".installing"
 
     def fill(self) -> None:
         """Make and fill the folder. Raises InstallError."""
         try:
             self.folder.mkdir(exist_ok=True)
+            self._require_own_folder()
             interrupted = self.marker.exists()
-            with self.marker.open("w") as lock:
+            with self.marker.open("a+") as lock:
                 self._acquire(lock)
                 self._require_space()
-                self._begin_anew(interrupted)
+                lock.seek(0)
+                updating = lock.read() == UPDATING
+                if self.stamps[0].exists() and not updating:
+                    lock.write(UPDATING)
+                    lock.flush()
+                self._begin_anew(interrupted and not updating)
                 self._install()
             self.marker.unlink()
         except OSError as error:
             raise InstallError(self._full_disk() if FULL_DISK in str(error) else f"{self.folder}: {error}.") from None
+
+    def _require_own_folder(self) -> None:
+        """Raises InstallError where the folder holds anything but an environment: it may have to be emptied."""
+        if not (self.folder / "pyvenv.cfg").exists() and {path.name for path in self.folder.iterdir()} - BEGUN:
+            raise InstallError(f"{self.folder} holds files and is no virtual environment: name another folder.")
 
     def _acquire(self, lock) -> None:
         try:

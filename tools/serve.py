@@ -31,7 +31,7 @@ def main() -> None:
     arguments = parse_arguments()
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
-        sys.exit(f"error: {' and '.join(missing)} not installed: pip install -c constraints.txt -e '.[serve]'")
+        sys.exit(f"error: {' and '.join(missing)} not installed: pip install --no-build-isolation -e '.[serve]'")
     print("loading PyTorch", flush=True)
     # Seconds go by in these imports, so they come after the first line.
     from megat2i.checkpoint import CheckpointError

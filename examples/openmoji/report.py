@@ -26,6 +26,7 @@ from megat2i.data.manifest import Manifest
 from megat2i.drawn import read_steps
 from megat2i.files import DataFileError, read_json_object, write_file
 from megat2i.generate import Sampler
+from megat2i.interrupt import said_on_interrupt
 from megat2i.pictures import save_png
 from megat2i.progress import Progress
 
@@ -98,6 +99,7 @@ def measured(samples: dict[str, Samples]) -> dict[str, dict]:
 
 if __name__ == "__main__":
     try:
-        main()
+        with said_on_interrupt("interrupted; the same command makes the report"):
+            main()
     except (ConfigError, DataFileError, CheckpointError) as error:
         sys.exit(f"error: {error}")

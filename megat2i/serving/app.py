@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import logging
@@ -30,6 +31,7 @@ PAGE = {
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
 }
+FAILURES = 3  # batches in a row after which the model itself is taken to be at fault, not one request's settings
 SEND_S = 30.0  # in which a client must take a part of its answer
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ class Progress:
 
     def __init__(self, wanted: ImageRequest, run: ServedRun, previews: bool):
         self.prompt, self._changed = wanted.prompt, asyncio.Event()
-        wake = partial(asyncio.get_running_loop().call_soon_threadsafe, self._changed.set)
+        wake = partial(_wake, asyncio.get_running_loop(), self._changed)
         tokens, sampling = run.prompt_tokens(wanted.prompt), run.sampling_for(wanted)
         self.order = Order(tokens, seeds_for(wanted), sampling, previews, wake)
 
@@ -62,6 +64,11 @@ class Progress:
             del settings["prompts"]
             settings["batch_size"] = batch_size
         return await run_in_threadpool(_png, self.order.views[index].pixels, settings)
+
+
+def _wake(loop: asyncio.AbstractEventLoop, changed: asyncio.Event) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends, and nobody waits
+        loop.call_soon_threadsafe(changed.set)
 
 
 def _png(pixels: np.ndarray, settings: dict | None) -> str:
@@ -99,12 +106,12 @@ class Service:
         self.run, self.worker = run, worker
 
     async def health(self) -> Response:
-        """200 while images can be drawn, 503 while the server stops or where the last batch failed."""
+        """200 while images can be drawn, 503 while the server stops or where FAILURES batches in a row failed."""
         waiting, drawing = self.worker.load()
         sampling = asdict(self.run.sampling)
         del sampling["prompts"]
         facts = {
-            "status": "stopping" if self.worker.closed else "failing" if self.worker.error else "ok",
+            "status": "stopping" if self.worker.closed else "failing" if self.worker.failures >= FAILURES else "ok",
             "model": self.run.name,
             "size": self.run.size,
             "rows": self.worker.rows,

@@ -90,6 +90,8 @@ class ServedRun:
         except ConfigError as error:
             message = str(error).removeprefix("sampling.")
             raise ApiError(400, message, message.split(" ")[0], "invalid_value") from error
+        if sampling.top_k >= self.sampler.vocab.image_codes:
+            sampling = replace(sampling, top_k=0)  # the same draw, so it shares a batch with others
         if sampling.guidance != 1 and not self.guidance:
             problem = "guidance: this model was trained with data.caption_dropout=0, so guidance must be 1"
             raise ApiError(400, problem, "guidance", "invalid_value")

@@ -79,8 +79,8 @@ class Worker:
     def __init__(self, sampler: Sampler, sampling: SamplingConfig, batch_size: int, capacity: int):
         self.sampler, self.batch_size, self.capacity = sampler, batch_size, capacity
         self.rows, self.columns = sampler.image_tokenizer.grid
-        self.error: Exception | None = None  # of the last batch
-        self.batch_s = 0.0  # duration of the last batch
+        self.failures = 0  # of batches, in a row
+        self.batch_s = 0.0  # duration of the last batch that was finished
         self.drawn = 0  # images finished so far
         self._waiting: deque[Place] = deque()
         self._drawing: list[Place] = []
@@ -102,7 +102,8 @@ class Worker:
             if self._closed:
                 raise Stopping
             if len(self._waiting) + len(order.seeds) > self.capacity:
-                batches = math.ceil(len(order.seeds) / self.batch_size)
+                excess = len(self._waiting) + len(order.seeds) - self.capacity
+                batches = math.ceil(excess / self.batch_size)
                 raise QueueFull(max(1, math.ceil(batches * self.batch_s)))
             self._waiting.extend(Place(order, index) for index in range(len(order.seeds)))
             self._change.notify_all()
@@ -139,17 +140,15 @@ class Worker:
 
     def _run(self) -> None:
         while places := self._next_batch():
-            started = time.monotonic()
             try:
                 self._draw(places)
-                self.error = None
+                self.failures = 0
             except Exception as error:  # whatever it is: these requests are told, the others go on
                 log.exception("a batch failed")
-                self.error = error
+                self.failures += 1
                 for order in {place.order for place in places}:
                     order.error = error
                     order.changed()
-            self.batch_s = time.monotonic() - started
 
     def _next_batch(self) -> list[Place]:
         """The oldest image and what waits for the same settings; empty where nothing will come any more."""
@@ -172,7 +171,7 @@ class Worker:
         canvas = self._canvas_for(places[0].order.sampling)
         prompts = [place.order.prompt_tokens for place in places]
         seeds = [place.order.seeds[place.index] for place in places]
-        preview_from = 0.0  # time of the next preview
+        started, preview_from = time.monotonic(), 0.0  # the latter: time of the next preview
         for count in canvas.steps(prompts, seeds):
             if all(place.order.abandoned for place in places):
                 return
@@ -184,6 +183,7 @@ class Worker:
                 preview_from = ended + (ended - began) * (1 / PREVIEW_SHARE - 1)
         self._show(canvas, places, self.rows)
         self.drawn += len(places)
+        self.batch_s = time.monotonic() - started
 
     def _show(self, canvas: Drawing, places: list[Place], rows: int) -> None:
         """Give the first ``rows`` rows of every image to the orders: all of them, or those that want previews."""

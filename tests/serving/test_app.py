@@ -8,7 +8,7 @@ from fastapi import FastAPI
 
 from megat2i.config import SamplingConfig
 from megat2i.serving import app, guard
-from megat2i.serving.app import DrawingResponse, Service
+from megat2i.serving.app import FAILURES, DrawingResponse, Service
 from megat2i.serving.guard import Guard
 from megat2i.serving.requests import ServedRun
 from megat2i.serving.worker import Order, Worker
@@ -56,10 +56,10 @@ def test_a_body_that_never_comes_is_given_up(monkeypatch):
     assert json.loads(sent[1]["body"])["error"]["code"] == "body_too_slow"
 
 
-def test_health_tells_of_a_failed_batch(worker):
+def test_health_tells_of_batches_that_fail_in_a_row(worker):
     service = Service(ServedRun("run", worker.sampler, SamplingConfig(), True), worker)
-    worker.error = ValueError("the model's logits are not finite")
+    worker.failures = FAILURES
     answer = asyncio.run(service.health())
     assert answer.status_code == 503 and json.loads(answer.body)["status"] == "failing"
-    worker.error = None
+    worker.failures = FAILURES - 1
     assert asyncio.run(service.health()).status_code == 200

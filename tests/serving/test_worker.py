@@ -190,7 +190,7 @@ def test_a_failed_batch_is_told_and_the_next_one_is_drawn(sampler, caplog):
         broken, ended, _ = submit(worker)
         assert ended.wait(60)
         assert isinstance(broken.error, ValueError) and "not finite" in str(broken.error)
-        assert isinstance(worker.error, ValueError) and "a batch failed" in caplog.text
+        assert worker.failures == 1 and "a batch failed" in caplog.text
         sampler.model.norm.weight.copy_(weights)
         sound, ended, _ = submit(worker)
         assert ended.wait(60) and sound.error is None and sound.views[0].rows == ROWS
@@ -198,4 +198,4 @@ def test_a_failed_batch_is_told_and_the_next_one_is_drawn(sampler, caplog):
         sampler.model.norm.weight.copy_(weights)
         worker.close()
         worker.join()
-    assert worker.error is None
+    assert worker.failures == 0

@@ -125,6 +125,27 @@ def test_an_interrupted_installation_is_made_anew_and_no_network_is_one_sentence
     assert not list(folder.glob(".installed*"))
 
 
+def test_an_update_that_fails_leaves_what_was_there(install, tmp_path):
+    folder = tmp_path / "env"
+    sentence_of(install(folder))  # leaves an environment without packages
+    (folder / ".installing").unlink()
+    (folder / ".installed").touch()
+    package = folder / "lib/package"
+    package.write_text("what the user added")
+    for _ in range(2):
+        said, _ = sentence_of(install(folder))
+        assert "made anew" not in said and package.exists()
+        assert not (folder / ".installed").exists()
+
+
+def test_a_folder_of_other_files_is_refused(install, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / ".installing").touch()
+    _, sentence = sentence_of(install(tmp_path))
+    assert sentence == f"{tmp_path} holds files and is no virtual environment: name another folder.\n"
+    assert (tmp_path / "notes.txt").exists()
+
+
 def test_one_installation_at_a_time(install, tmp_path):
     with (tmp_path / ".installing").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
