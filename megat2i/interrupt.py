@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+TOGETHER = 0.2  # seconds within which two signals count as one event
 HEAD_START = 0.5  # seconds for the first rank, which would else see the others go before it has spoken
 EXIT_CODE = 128 + signal.SIGINT  # as shells have it
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
@@ -41,6 +42,9 @@ def _wait(reader: socket.socket, writer: socket.socket, sentence: Callable[[], s
     number = 0
     while number not in (signal.SIGINT, signal.SIGTERM):  # other signals with a Python handler come here too
         number = reader.recv(1)[0]
+    # On a busy machine both signals of a launcher are there before either is taken, and the later one is taken first.
+    if number == signal.SIGTERM and _follows(reader, signal.SIGINT):
+        number = signal.SIGINT
     # The main thread may meet the end of another rank now; what it says of that is no news.
     sys.excepthook = lambda kind, error, traceback: threading.Event().wait()
     try:
@@ -52,6 +56,15 @@ def _wait(reader: socket.socket, writer: socket.socket, sentence: Callable[[], s
             print(_new_line() + text, file=sys.stderr, flush=True)
     finally:
         os._exit(128 + number)  # also where the sentence fails: nothing else listens to the signals
+
+
+def _follows(reader: socket.socket, number: int) -> bool:
+    """Whether the signal ``number`` arrives within TOGETHER."""
+    reader.settimeout(TOGETHER)
+    try:
+        return number in reader.recv(64)
+    except TimeoutError:
+        return False
 
 
 def _new_line() -> str:

@@ -41,3 +41,15 @@ def test_a_sentence_that_fails_does_not_keep_the_process(number):
             process.kill()
     assert process.returncode == 128 + number
     assert EXIT_CODE == 130
+
+
+def test_both_signals_of_a_launcher_are_one_interrupt():
+    command = [sys.executable, "-c", DEAF.replace('raise OSError("the disk is gone")', 'return "stopped"')]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGSTOP)  # so that both are pending when it goes on
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+        _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (EXIT_CODE, "stopped\n")

@@ -138,7 +138,7 @@ def test_a_run_starts_from_it_and_a_resumed_one_does_not_need_it(pretrain, setti
     [
         ({"hidden": 128}, "set model.hidden=64"),
         ({"kv_heads": 4}, "set model.kv_heads=2"),
-        ({"norm_eps": 1e-5, "rotary_base": 5.0}, "set model.norm_eps=1e-06, model.rotary_base=10000.0"),
+        ({"norm_eps": 1e-5, "rotary_base": 5.0}, "set model.norm_eps=1e-06 model.rotary_base=10000.0"),
         ({"tied_embeddings": True}, "set model.tied_embeddings=False"),
     ],
     ids=str,
