@@ -35,8 +35,8 @@ from megat2i.vocab import IGNORE
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = [
-    "model.hidden=256", "model.layers=4", "model.heads=4", "data.sequence_length=128", "training.micro_batch_size=8",
-    "training.global_batch_size=32",
+    "model.hidden=256", "model.layers=4", "model.heads=4", "model.ffn=704", "data.sequence_length=128",
+    "training.micro_batch_size=8", "training.global_batch_size=32",
 ]  # fmt: skip
 LAYOUTS = (
     ParallelConfig(),
