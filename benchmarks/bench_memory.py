@@ -123,9 +123,11 @@ def run_rank(settings: Config, rank: int, size: int, folder: Path) -> None:
     train(settings)  # loads what is loaded once: code, and what libraries generate and keep for these shapes
     gc.collect()  # hooks on parameters hold the engine, which holds the parameters
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = resident("VmRSS")
+    before = resident("RssAnon")
     train(settings)
-    (folder / f"{rank}.bytes").write_text(str(resident("VmHWM") - before))
+    # Pages of files come and go: the kernel takes back those of a busy machine that were not used for a while.
+    files = resident("RssFile") + resident("RssShmem")
+    (folder / f"{rank}.bytes").write_text(str(resident("VmHWM") - files - before))
     dist.destroy_process_group()
 
 
@@ -171,7 +173,7 @@ def return_freed_memory() -> None:
 
 
 def resident(key: str) -> int:
-    """Bytes of this process in memory: now (VmRSS), at the peak (VmHWM)."""
+    """Bytes of this process in memory: now (RssAnon, RssFile, RssShmem), all of them at the peak (VmHWM)."""
     return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024
 
 
