@@ -64,6 +64,7 @@ def data_provider(config: Config, backend: Backend, groups: ParallelGroups) -> D
     return Data(
         captions={str(d.store.prefix): (len(d), d.cut_captions, d.longest_row) for d, _ in sources},
         micro_batches=lambda step: [batch.to(backend.device) for batch in train.micro_batches(step, **rank)],
+        samples=train.samples,
         validation={split: [batch.to(backend.device) for batch in batches] for split, batches in validation.items()},
     )
 

@@ -95,9 +95,12 @@ class TrainingConfig:
     evaluate_every: int = 0  # steps; 0: only at the end
     evaluate_samples: int = 256
     checkpoint_every: int = 0  # steps; 0: only at the end
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest ones
+    keep_every: int = 0  # steps; checkpoints at multiples of it are never removed; 0: none
     asynchronous_checkpoints: bool = False  # write in the background, beside the following steps
     sample_every: int = 0  # steps between images of sampling.prompts, in RUN/drawn and on TensorBoard; 0: never
+    on_spike: str = "log"  # log | skip | rewind: what follows on a loss spike, see spikes.py; skip: no update
+    spike_sigma: float = 6.0  # standard deviations above the running mean from which on a loss is a spike
     trainable: str = "all"  # which parameters learn; the paper's selective tuning: see model/freezing.py
 
 

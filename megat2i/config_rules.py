@@ -1,6 +1,6 @@
 """Rules between fields of the configuration: what can be trained with so many processes, and what cannot."""
 
-from megat2i.config import Config, ConfigError, ModelConfig
+from megat2i.config import Config, ConfigError, ModelConfig, TrainingConfig
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -13,6 +13,7 @@ def validate(config: Config, world_size: int) -> None:
         raise ConfigError(f"training.stop_at={training.stop_at} is beyond training.steps={training.steps}")
     if config.optimizer.min_lr > config.optimizer.lr:
         raise ConfigError(f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}")
+    _validate_checkpoints(training)
     _validate_parallel(config, world_size)
     _validate_data(config)
 
@@ -28,6 +29,19 @@ def _validate_model(model: ModelConfig) -> None:
         raise ConfigError("model.qk_norm_per_head=true needs model.qk_norm=true")
     if (model.expansion == "file") != (model.expansion_file is not None):
         raise ConfigError("model.expansion=file and model.expansion_file belong together: give both or neither")
+
+
+def _validate_checkpoints(training: TrainingConfig) -> None:
+    every = training.checkpoint_every
+    if training.keep_every and (not every or training.keep_every % every):
+        raise ConfigError(
+            f"training.keep_every={training.keep_every} is not a multiple of training.checkpoint_every={every}: "
+            "no checkpoint would be written at some of the steps to keep"
+        )
+    if training.on_spike == "rewind" and not every:
+        raise ConfigError(
+            "training.on_spike=rewind with training.checkpoint_every=0 has no checkpoint to go back to; set it above 0"
+        )
 
 
 def _validate_parallel(config: Config, world_size: int) -> None:

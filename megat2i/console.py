@@ -8,11 +8,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megat2i.progress import Progress, say
+from megat2i.progress import Progress, count, say
 
 RECENT = 50  # steps whose mean is the training loss that stands beside a held-out loss
 MARGIN = 0.05  # share by which a held-out loss must be above its best to be more than noise
 MODALITIES = ("text", "image")
+SAMPLES = 8  # of a step with a spike, that are named
 REMEDY = "train for fewer steps, on more data, or a smaller model"
 
 
@@ -25,6 +26,46 @@ class Validation:
     training: float
 
 
+class Updates:
+    """Steps without an update, and loss spikes, of a run so far."""
+
+    def __init__(self):
+        self.steps = self.not_finite = self.spikes = self.refused = self.rewinds = 0
+        self._spiking = False
+
+    def add(self, entry: dict) -> str | None:
+        """Take the record of a step; returns a sentence where a spike begins, or one more step was not finite.
+
+        Of the latter, where their number is a power of two.
+        """
+        spike, skipped = entry.get("spike", 0), entry.get("skipped", 0)
+        begins, self._spiking = spike and not self._spiking, bool(spike)
+        self.steps += 1
+        self.spikes += spike
+        self.refused += spike and skipped
+        self.not_finite += skipped and not spike
+        self.rewinds += "rewound_from" in entry
+        if begins:
+            return spike_in_words(entry)
+        if skipped and not spike and self.not_finite.bit_count() == 1:
+            so_far = count(self.not_finite, "such step")
+            return f"step {entry['step']:,}: the gradient is not finite, so the update is skipped ({so_far} so far)"
+        return None
+
+    def summary(self) -> list[str]:
+        """What there is to say of them at the end."""
+        lines = []
+        if self.not_finite:
+            lines.append(f"{self.not_finite:,} of {self.steps:,} updates were skipped: the gradient was not finite")
+        if self.spikes:
+            refused = f"; {count(self.refused, 'update')} of these skipped" if self.refused else ""
+            lines.append(f"{self.spikes:,} of {self.steps:,} steps had a loss spike{refused}")
+        if self.rewinds:
+            times = count(self.rewinds, "time")
+            lines.append(f"the run went back before a spike {times}: see rewound_from in metrics.jsonl")
+        return lines
+
+
 class Losses:
     """The losses of a run so far. ``modality``: the one that is watched for overfitting."""
 
@@ -34,6 +75,7 @@ class Losses:
         self.best: Validation | None = None
         self.overfitting = False
         self._recent: deque[dict] = deque(maxlen=RECENT)
+        self.updates = Updates()
 
     def restore(self, metrics: Path) -> None:
         """Take over the records of the launches before this one."""
@@ -41,10 +83,10 @@ class Losses:
             self.add(json.loads(line))
 
     def add(self, entry: dict) -> str | None:
-        """Take one record of ``metrics.jsonl``; returns a sentence where overfitting shows for the first time."""
+        """Take one record of ``metrics.jsonl``; returns a sentence where it shows overfitting, a spike or the like."""
         if "split" not in entry:
             self._recent.append(entry)
-            return None
+            return self.updates.add(entry)
         self.held_out[entry["split"]] = entry
         found, training = entry.get(f"loss/{self.modality}"), self.training().get(self.modality)
         if entry["split"] != "valid" or not isinstance(found, float) or training is None:
@@ -84,7 +126,7 @@ class Losses:
             entry = self.held_out["valid"]
             now = Validation(entry["step"], entry[f"loss/{self.modality}"], self.training()[self.modality])
             lines.append(self.remark(now))
-        return lines
+        return lines + self.updates.summary()
 
 
 class Console:
@@ -92,16 +134,28 @@ class Console:
 
     def __init__(self, run_dir: Path, mode: str, first_step: int, last_step: int, steps: int):
         self.run_dir, self.last_step, self.steps = run_dir, last_step, steps
-        self.losses = Losses("text" if mode == "text_only" else "image")
-        self.losses.restore(run_dir / "metrics.jsonl")
+        self.modality = "text" if mode == "text_only" else "image"
         self._began = time.monotonic()
-        self._bar = Progress(last_step, "training", "steps", first_step)
+        self._begin_after(first_step)
+
+    def _begin_after(self, step: int) -> None:
+        self.losses = Losses(self.modality)
+        self.losses.restore(self.run_dir / "metrics.jsonl")
+        self._bar = Progress(self.last_step, "training", "steps", step)
+
+    def go_back(self, step: int) -> None:
+        """Forget the steps after ``step``, which are done again; ``metrics.jsonl`` has none of them any more."""
+        self._bar.close()
+        self._begin_after(step)
 
     def step(self, entry: dict) -> None:
         """Take the record of a training step."""
-        self.losses.add(entry)
-        self._bar.note(f"{in_words(losses_of(entry))}, {entry['tokens_per_s']:,.0f} tokens/s")
+        remark, skipped = self.losses.add(entry), self.losses.updates.not_finite + self.losses.updates.refused
+        note = f"{in_words(losses_of(entry))}, {entry['tokens_per_s']:,.0f} tokens/s"
+        self._bar.note(note + (f", {skipped:,} updates skipped" if skipped else ""))
         self._bar.update()
+        if remark:
+            say(remark)
 
     def doing(self, what: str) -> None:
         """Say beside the bar what happens between two steps."""
@@ -128,6 +182,18 @@ class Console:
         say(f"{ended} after step {self.last_step:,} of {self.steps:,}, in {seconds}: the run is in {self.run_dir}")
         for line in self.losses.summary():
             say(line)
+
+
+def spike_in_words(entry: dict) -> str:
+    """The sentence on the record of a step whose loss is a spike."""
+    samples = [":".join(map(str, sample)) for sample in entry["samples"][:SAMPLES]]
+    more = len(entry["samples"]) - len(samples)
+    rows = f"; its samples (dataset:epoch:row) are {', '.join(samples)}" if samples else ""
+    return (
+        f"step {entry['step']:,}: the loss spikes to {float(entry['loss']):,.3f} from {entry['usual_loss']:.3f} on average, "
+        f"with a gradient norm of {float(entry['grad_norm']):,.3f}{', and the update is skipped' if entry['skipped'] else ''}"
+        f"{rows}{f' and {more:,} more, see metrics.jsonl' if more else ''}"
+    )
 
 
 def name_of(split: str) -> str:

@@ -48,13 +48,18 @@ class StepMetrics:
     counts: Tensor
     weights: tuple[float, float, float]
 
+    @property
+    def loss(self) -> float:
+        """Unweighted mean over all positions."""
+        return sum(self.nll.tolist()) / sum(self.counts.tolist())
+
     def as_dict(self) -> dict[str, float | int | None]:
         """``loss`` is the unweighted mean over all positions; a modality without positions reports null.
 
         ``objective``, where the weights differ, is their weighted mean; neither includes the z-loss.
         """
         nll, counts = self.nll.tolist(), self.counts.tolist()
-        result: dict[str, float | int | None] = {"loss": sum(nll) / sum(counts)}
+        result: dict[str, float | int | None] = {"loss": self.loss}
         if len(set(self.weights)) > 1:
             normaliser = sum(w * count for w, count in zip(self.weights, counts, strict=True))
             total = sum(w * value for w, value in zip(self.weights, nll, strict=True))
@@ -75,11 +80,20 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, resume_step: int):
         self.path = run_dir / "metrics.jsonl"
+        self._begin_after(resume_step)
+
+    def _begin_after(self, step: int) -> None:
+        run_dir = self.path.parent
         if self.path.exists():
-            self._keep_steps_up_to(resume_step)
-        drawn.remove_steps_after(run_dir, resume_step)
+            self._keep_steps_up_to(step)
+        drawn.remove_steps_after(run_dir, step)
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 (open for the whole run, closed by close)
-        self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+        self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def go_back(self, step: int) -> None:
+        """Drop what was logged after ``step``: those steps are done again."""
+        self.close()
+        self._begin_after(step)
 
     def _keep_steps_up_to(self, step: int) -> None:
         """Drop what a stopped run logged after its last checkpoint: those steps are done again."""

@@ -26,8 +26,9 @@ from megat2i.pipeline import Pipeline
 from megat2i.progress import count, say, waiting
 from megat2i.runtime import Backend
 from megat2i.self_test import require_same_launch, self_test
+from megat2i.spikes import Spikes
 from megat2i.topology import ParallelGroups
-from megat2i.trainer import Data, Run, RunError, require_equal_copies, train
+from megat2i.trainer import Data, Run, RunError, require_sound_state, train
 
 Providers = tuple[
     Callable[[Config, Backend, Part], GPT],
@@ -64,7 +65,9 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
     with waiting(f"checking the checkpoints of {run_dir}", leader and resume):
         found = checkpoint.latest(run_dir / "checkpoints", report) if resume else None
     if resume and not found and checkpoint.committed(run_dir / "checkpoints"):
-        raise RunError(f"{run_dir}/checkpoints: every checkpoint is damaged; to start over, choose another run.dir")
+        raise RunError(
+            f"{run_dir}/checkpoints: every checkpoint is damaged or not finite; to start over, choose another run.dir"
+        )
     # a checkpoint replaces every weight: the pre-trained model need not be there any more
     begin = _without_pretrained(settings) if found else settings
     with waiting(f"loading {found.path}" if found else "making the model", leader):
@@ -84,9 +87,10 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
     report(f"{'resuming after step ' + str(first_step) if found else 'starting'}: {run_dir}")
     pipeline = Pipeline(model, groups, settings.parallel.schedule)
     draw = _drawer(settings, pipeline) if settings.training.sample_every and groups.data_rank == 0 else None
-    run = Run(settings, pipeline, engine, data, provide_loss(settings), groups, backend, draw)
-    if settings.runtime.self_test:
-        require_equal_copies(run)
+    spikes = Spikes(settings.training.spike_sigma, norms=settings.training.on_spike == "skip")
+    spikes.restore(found.manifest.get("training", {}) if found else {})
+    run = Run(settings, pipeline, engine, data, provide_loss(settings), groups, backend, draw, spikes)
+    require_sound_state(run, first_step)
     train(run, first_step)
     # Not after an error: other ranks may wait in a collective, and NCCL would wait for them before the error shows.
     dist.destroy_process_group()

@@ -1,9 +1,9 @@
 """Training: one optimizer step, validation, and the loop around them."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +15,18 @@ from torch.distributed import ProcessGroup
 from megat2i import checkpoint
 from megat2i.config import Config
 from megat2i.console import Console
-from megat2i.data.batches import Batch
+from megat2i.data.batches import Batch, Sample
 from megat2i.loss import ModalityLoss, count_tokens
 from megat2i.metrics import MetricsLog, StepMetrics, peak_flops
 from megat2i.model.cost import flops_per_token
 from megat2i.optim.engine import Engine
+from megat2i.optim.finite import not_finite
 from megat2i.optim.schedule import learning_rate
 from megat2i.parallel.invariants import unequal_copy
 from megat2i.pipeline import Pipeline
+from megat2i.progress import say
 from megat2i.runtime import Backend
+from megat2i.spikes import REWINDS, Spikes
 from megat2i.topology import ParallelGroups
 
 NON_FINITE_STEPS = 10  # in a row, after which a run has diverged for good
@@ -34,16 +37,23 @@ class RunError(RuntimeError):
 
 
 def train_step(
-    pipeline: Pipeline, engine: Engine, batches: list[Batch], loss: ModalityLoss, groups: ParallelGroups, lr: float
+    pipeline: Pipeline,
+    engine: Engine,
+    batches: list[Batch],
+    loss: ModalityLoss,
+    groups: ParallelGroups,
+    lr: float,
+    accept: Callable[[float, float], bool] | None = None,
 ) -> tuple[StepMetrics, float]:
     """One optimizer step over ``batches``, the micro-batches of this data-parallel rank.
 
+    ``accept``: asked with the loss and the gradient norm whether to update; collective, one answer for all ranks.
     Returns what was measured over the global batch, and the gradient norm before clipping; the same on all ranks.
     """
     counts = _summed(count_tokens([b.modality for b in batches]), groups.data)  # the only normaliser there is
     sums = pipeline.run_schedule(batches, loss, counts, engine.loss_scale)
-    grad_norm = engine.step(lr)
-    return StepMetrics(*_summed(sums, groups.data, groups.pipeline), counts, loss.weights), grad_norm
+    metrics = StepMetrics(*_summed(sums, groups.data, groups.pipeline), counts, loss.weights)
+    return metrics, engine.step(lr, partial(accept, metrics.loss) if accept else None)
 
 
 def evaluate(pipeline: Pipeline, batches: list[Batch], loss: ModalityLoss, groups: ParallelGroups) -> StepMetrics:
@@ -67,12 +77,13 @@ class Data:
     """Where batches come from: micro-batches of a step, and the fixed validation batches of each split.
 
     ``captions``: for every training dataset its number of rows, of captions that do not fit a row, and the positions
-    that would hold them all.
+    that would hold them all. ``samples``: where the rows of a whole global batch came from.
     """
 
     micro_batches: Callable[[int], list[Batch]]
     validation: dict[str, list[Batch]]
     captions: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    samples: Callable[[int], list[Sample]] = lambda step: []
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,7 @@ class Run:
     groups: ParallelGroups
     backend: Backend
     draw: Callable[[], np.ndarray] | None
+    spikes: Spikes = field(default_factory=Spikes)
 
     @property
     def checkpoints(self) -> Path:
@@ -121,28 +133,73 @@ def _train(run: Run, steps: range, log: MetricsLog | None, console: Console | No
     columns = sum(stop - start for start, stop in run.config.vocab_layout.ranges)
     flops = flops_per_token(run.config.model, columns, run.config.data.sequence_length)
     peak = peak_flops(run.backend.device, run.backend.dtype)
-    non_finite = 0
-    for step in steps:
+    accept = partial(_accept, run.spikes) if training.on_spike == "skip" else None
+    step, rewound = steps.start, {}
+    while step < steps.stop:
         started = time.perf_counter()
         lr = learning_rate(step - 1, run.config.optimizer, training)
-        batches = run.data.micro_batches(step - 1)
-        metrics, grad_norm = train_step(run.pipeline, run.engine, batches, run.loss, run.groups, lr)
+        number, updates = run.spikes.batch(step), run.engine.updates
+        batches = run.data.micro_batches(number)
+        metrics, grad_norm = train_step(run.pipeline, run.engine, batches, run.loss, run.groups, lr, accept)
         seconds = time.perf_counter() - started
-        non_finite = 0 if math.isfinite(grad_norm) else non_finite + 1
+        spike, usual_loss = run.spikes.is_spike(metrics.loss, grad_norm), run.spikes.loss.mean
+        run.spikes.add(step, metrics.loss, grad_norm)
         if log:
             tokens_per_s = int(metrics.counts.sum()) / seconds
             entry = {"step": step, "lr": lr, **metrics.as_dict(), **run.loss.report(), "grad_norm": grad_norm}
             entry |= {"tokens_per_s": tokens_per_s, "step_s": seconds}
             entry["mfu"] = tokens_per_s * flops / (peak * dist.get_world_size()) if peak else None
+            entry |= {"skipped": updates + 1 - run.engine.updates, "spike": int(spike)} | rewound
+            if spike:
+                entry |= {"usual_loss": usual_loss, "samples": run.data.samples(number)}
             log.write(entry)
             console.step(entry)
-        if non_finite == NON_FINITE_STEPS:  # the same on all ranks: the norm is global
+        diverged = run.spikes.not_finite >= NON_FINITE_STEPS  # the same on all ranks: the norm is global
+        back = None
+        if training.on_spike == "rewind" and checkpoint.first_rank_decides(spike or diverged):
+            back = _go_back(run, step, log, console)
+        if back:
+            step, rewound = back
+        elif diverged:
             checkpoint.finish()
             raise RunError(
-                f"the gradient was not finite for {non_finite} steps up to step {step}; all of them were skipped. "
-                "Start a new run with a lower optimizer.lr or more training.warmup_steps"
+                f"the gradient was not finite for {NON_FINITE_STEPS} steps up to step {step}; all of them were "
+                "skipped. Start a new run with a lower optimizer.lr or more training.warmup_steps"
             )
-        _after_step(run, step, step == steps.stop - 1, log, console)
+        else:
+            rewound = {}
+            _after_step(run, step, step == steps.stop - 1, log, console)
+        step += 1
+
+
+def _accept(spikes: Spikes, loss: float, grad_norm: float) -> bool:
+    """Whether a step is no spike, by the first rank's numbers. Collective."""
+    return not checkpoint.first_rank_decides(spikes.is_spike(loss, grad_norm))
+
+
+def _go_back(run: Run, step: int, log: MetricsLog | None, console: Console | None) -> tuple[int, dict] | None:
+    """Become what the run was at a checkpoint before the spike at ``step``, and pass over the batches in between.
+
+    Returns the step of that checkpoint, and what the record of the next step says of it; None where there is no
+    checkpoint. Collective; raises RunError after REWINDS of them for one spike.
+    """
+    report = say if log else lambda line: None
+    if run.spikes.rewinds == REWINDS:
+        checkpoint.finish()
+        raise RunError(
+            f"the loss spikes at step {step}, and did so after each of {REWINDS} rewinds. Continue with --resume "
+            "training.on_spike=skip, or start a new run with a lower optimizer.lr"
+        )
+    found = checkpoint.go_back(run.checkpoints, run.engine, step, run.spikes.rewinds, report)
+    if found is None:
+        report(f"there is no sound checkpoint before step {step:,} to go back to: training goes on")
+        return None
+    first, last = run.spikes.go_back(found.manifest.get("training", {}), found.step, step)
+    if log:
+        log.go_back(found.step)
+        console.go_back(found.step)
+        say(f"went back to step {found.step:,}; batches {first + 1:,} to {last + 1:,} are passed over from now on")
+    return found.step, {"rewound_from": step, "passed_over": [first + 1, last + 1]}
 
 
 def _after_step(run: Run, step: int, last: bool, log: MetricsLog | None, console: Console | None) -> None:
@@ -167,24 +224,40 @@ def _after_step(run: Run, step: int, last: bool, log: MetricsLog | None, console
             log.images(step, images, run.config.sampling.prompts)
     if last or due(training.checkpoint_every):
         say_doing("writing a checkpoint")
-        if run.config.runtime.self_test:
-            require_equal_copies(run)  # nothing wrong gets into a checkpoint
+        require_sound_state(run, step)  # nothing wrong gets into a checkpoint
         if log:
             log.sync()  # a power cut must not leave a checkpoint that is ahead of the record
-        background = training.asynchronous_checkpoints and not last
-        layout = run.groups.layout()
-        checkpoint.save(run.checkpoints, step, run.engine, layout, training.keep_checkpoints, background)
-
-
-def require_equal_copies(run: Run) -> None:
-    """Raises RunError on all ranks where copies of a parameter differ on some. Collective."""
-    model = run.pipeline.model
-    found = unequal_copy(dict(model.named_parameters()), model.shards(), run.groups)
-    anywhere = torch.tensor(int(found is not None), device=run.backend.device)
-    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
-    if anywhere:
-        what = f"copies of {found[1]} differ on {found[0]}-parallel ranks" if found else "other ranks see copies differ"
-        raise RunError(
-            f"{what} (said by rank {dist.get_rank()}): a fault of hardware or communication since the last checkpoint, "
-            "which is sound; find it, then continue with --resume"
+        checkpoint.save(
+            run.checkpoints,
+            step,
+            run.engine,
+            run.groups.layout(),
+            training.keep_checkpoints,
+            training.asynchronous_checkpoints and not last,
+            keep_every=training.keep_every,
+            training=run.spikes.state(),
         )
+
+
+def require_sound_state(run: Run, step: int) -> None:
+    """Raises RunError on all ranks where a value of the state after ``step`` is not finite on any.
+
+    With ``runtime.self_test`` also where copies of a parameter differ. Collective.
+    """
+    where = not_finite(run.engine.fragments())
+    problem = where and f"{where} is not finite"
+    if run.config.runtime.self_test:
+        model = run.pipeline.model
+        found = unequal_copy(dict(model.named_parameters()), model.shards(), run.groups)
+        if found and not problem:
+            problem = f"copies of {found[1]} differ on {found[0]}-parallel ranks (rank {dist.get_rank()} is one)"
+    problem = checkpoint.first_problem(problem)
+    if not problem:
+        return
+    checkpoint.finish()
+    saved = checkpoint.committed(run.checkpoints)
+    if saved:
+        remedy = f"the last checkpoint, {saved[0]}, is sound; find the fault, then continue from it with --resume"
+    else:
+        remedy = "there is no checkpoint yet; find the fault, such as model.pretrained, then start again"
+    raise RunError(f"{problem} after step {step}, by a fault of hardware, communication or data: {remedy}")

@@ -27,7 +27,19 @@ FLOORS = (
     {"parallel", "data", "tokenizers"},
     {"model", "loss"},
     {"optim", "pipeline", "pipeline_order", "checkpoint"},
-    {"trainer", "console", "metrics", "generate", "evaluate", "fonts", "pictures", "drawn", "html_page", "self_test"},
+    {
+        "trainer",
+        "spikes",
+        "console",
+        "metrics",
+        "generate",
+        "evaluate",
+        "fonts",
+        "pictures",
+        "drawn",
+        "html_page",
+        "self_test",
+    },
     {"pretrain", "run_folder", "planner", "experiments", "serving", "pretrain_t2i", "tools", "examples"},
 )
 PRODUCT = sorted(

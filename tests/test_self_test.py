@@ -15,7 +15,7 @@ from megat2i.parallel.shard import Shard
 from megat2i.pretrain import _engine
 from megat2i.runtime import Backend
 from megat2i.topology import ParallelGroups
-from megat2i.trainer import Run, RunError, require_equal_copies
+from megat2i.trainer import Run, RunError, require_sound_state
 
 LAYOUTS = {
     "data": (2, ParallelConfig()),
@@ -181,12 +181,12 @@ def test_all_ranks_stop_where_one_sees_unequal_copies(settings, make_training):
     def check():
         pipeline, engine, groups = make_training("torch", replace(settings("all"), vocab=VocabConfig(500, 250)))
         run = Run(settings("all"), pipeline, engine, None, None, groups, Backend.resolve(settings("all")), None)
-        require_equal_copies(run)
+        require_sound_state(run, 0)
         with torch.no_grad():
             if dist.get_rank() == 5:
                 next(pipeline.model.parameters())[0] += 1
         with pytest.raises(RunError, match="copies"):
-            require_equal_copies(run)
+            require_sound_state(run, 0)
         return True
 
     assert all(run_ranks(8, check))

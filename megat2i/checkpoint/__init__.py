@@ -9,10 +9,11 @@ Master weights, Adam's moments and the step are all the state there is: the orde
 captions are pure functions of the step, and training draws no random numbers.
 """
 
-from megat2i.checkpoint.agreement import CheckpointError
+from megat2i.checkpoint.agreement import CheckpointError, first_problem, first_rank_decides
 from megat2i.checkpoint.changing import write_changed
 from megat2i.checkpoint.folder import Checkpoint, committed, open_checkpoint, verify
 from megat2i.checkpoint.loading import latest, latest_here, load_engine, load_weights, read_tensor, weight_shapes
+from megat2i.checkpoint.rewinding import go_back
 from megat2i.checkpoint.saving import Saved, finish, save
 
 __all__ = [
@@ -21,6 +22,9 @@ __all__ = [
     "Saved",
     "committed",
     "finish",
+    "first_problem",
+    "first_rank_decides",
+    "go_back",
     "latest",
     "latest_here",
     "load_engine",

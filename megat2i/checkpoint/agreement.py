@@ -33,14 +33,36 @@ def any_rank(flags: list[bool]) -> list[bool]:
     return [bool(flag) for flag in found.tolist()]
 
 
+def first_problem(problem: str | None) -> str | None:
+    """The problem of the first rank that has one, the same on every rank; None where none has. Collective."""
+    ranks = dist.get_world_size()
+    first = torch.tensor(ranks if problem is None else dist.get_rank(), device=_device())
+    dist.all_reduce(first, op=dist.ReduceOp.MIN)
+    if first == ranks:
+        return None
+    return bytes(from_rank(int(first), list((problem or "").encode()))).decode()
+
+
+def first_rank_decides(verdict: bool) -> bool:
+    """The first rank's ``verdict``. Collective: for decisions on sums that ranks may have added in other orders."""
+    decided = torch.tensor(int(verdict), device=_device())
+    dist.broadcast(decided, src=0)
+    return bool(decided)
+
+
 def from_first_rank(numbers: list[int]) -> list[int]:
     """The first rank's ``numbers``; those of the others are ignored. Collective."""
+    return from_rank(0, numbers)
+
+
+def from_rank(source: int, numbers: list[int]) -> list[int]:
+    """The ``numbers`` of rank ``source``; those of the others are ignored. Collective."""
     count = torch.tensor([len(numbers)], device=_device())
-    dist.broadcast(count, src=0)
+    dist.broadcast(count, src=source)
     values = torch.zeros(int(count.item()), dtype=torch.int64, device=count.device)
-    if dist.get_rank() == 0:
+    if dist.get_rank() == source:
         values.copy_(torch.tensor(numbers, dtype=torch.int64))
-    dist.broadcast(values, src=0)
+    dist.broadcast(values, src=source)
     return values.tolist()
 
 

@@ -18,6 +18,7 @@ from megat2i.checkpoint.agreement import CheckpointError
 from megat2i.files import PendingFile
 from megat2i.files import commit as commit_files
 from megat2i.optim.engine import Fragment
+from megat2i.optim.finite import KIND_NAMES, row_not_finite
 from megat2i.parallel.shard import Box
 
 FORMAT_VERSION = 2
@@ -67,9 +68,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def verify(checkpoint: Checkpoint, share: tuple[int, int] = (0, 1)) -> None:
-    """Compare the digest of every ``share[1]``-th part, from ``share[0]``; raises CheckpointError naming the part."""
-    for _ in read_parts(checkpoint.path, checkpoint.manifest["parts"][share[0] :: share[1]]):
-        pass
+    """Compare the digest of every ``share[1]``-th part, from ``share[0]``; raises CheckpointError naming the part.
+
+    So does a value that is not finite: a checkpoint of an older version may hold one.
+    """
+    for part, values in read_parts(checkpoint.path, checkpoint.manifest["parts"][share[0] :: share[1]]):
+        row = row_not_finite(values, part_boxes(part))
+        if row is not None:
+            raise CheckpointError(f"{KIND_NAMES[part['kind']]} {part['name']} is not finite in row {row}")
 
 
 def read_parts(folder: Path, parts: list[dict]) -> Iterator[tuple[dict, Tensor]]:

@@ -29,13 +29,17 @@ from megat2i.optim.engine import WEIGHT, Engine, Fragment
 from megat2i.parallel.shard import Box, Shard
 
 
-def latest(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
+def latest(
+    folder: Path, report: Callable[[str], None], before: int | None = None, passing: int = 0
+) -> Checkpoint | None:
     """The newest checkpoint in ``folder`` that verifies on all ranks; ``report`` gets a line for each that does not.
 
+    ``before``: only those of earlier steps; ``passing``: without so many of the newest of them, where there are others.
     Collective; each rank hashes its share of the parts.
     """
     steps = [step_number(path) for path in committed(folder)] if dist.get_rank() == 0 else []
-    for step in from_first_rank(steps):
+    steps = [step for step in steps if before is None or step < before]
+    for step in from_first_rank(steps[min(passing, max(len(steps) - 1, 0)) :]):
         path = folder / f"step-{step}"
         problem = None
         try:

@@ -39,8 +39,20 @@ class Saved:
     stall_s: float
 
 
-def save(folder: Path, step: int, engine: Engine, layout: str, keep: int, background: bool = False) -> Saved:
-    """Write ``folder/step-N`` from all ranks and drop all but the newest ``keep``.
+def save(
+    folder: Path,
+    step: int,
+    engine: Engine,
+    layout: str,
+    keep: int,
+    background: bool = False,
+    *,
+    keep_every: int = 0,
+    training: dict | None = None,
+) -> Saved:
+    """Write ``folder/step-N`` from all ranks; drop all but the newest ``keep`` and the multiples of ``keep_every``.
+
+    ``training``: state of the loop beside that of the engine, as JSON has it.
 
     Collective. If any rank fails, every rank raises CheckpointError and what was committed before stays. With
     ``background`` it returns once the state is copied; the checkpoint is safe when the next ``save`` or ``finish``
@@ -56,8 +68,9 @@ def save(folder: Path, step: int, engine: Engine, layout: str, keep: int, backgr
         "step": step,
         "optimizer_updates": engine.updates,
         "written_by": {"layout": layout, "ranks": ranks, "engine": type(engine).__name__},
+        "training": training or {},
     }
-    commit = partial(_commit, temporary, final, ranks, content, keep)
+    commit = partial(_commit, temporary, final, ranks, content, keep, keep_every)
     if background:
         copies: list[Fragment] = []
         together(lambda: copies.extend(_BACKGROUND.copied(_owned(engine))), "cannot copy the state to host memory")
@@ -152,11 +165,12 @@ def _prepare(temporary: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def _commit(temporary: Path, final: Path, ranks: int, content: dict, keep: int) -> None:
+def _commit(temporary: Path, final: Path, ranks: int, content: dict, keep: int, keep_every: int) -> None:
     write_manifest(temporary, ranks, content)
     remove(final)  # a damaged attempt at the same step: a sound one would have been resumed
     os.rename(temporary, final)
     fsync_folder(final.parent)
     # Only steps up to this one: what is newer was found damaged and must not push out what is sound.
     for old in [path for path in committed(final.parent) if step_number(path) <= content["step"]][keep:]:
-        remove(old)
+        if keep_every == 0 or step_number(old) % keep_every:
+            remove(old)

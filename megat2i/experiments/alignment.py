@@ -207,6 +207,7 @@ class Providers:
 
         return Data(
             micro_batches=lambda step: batches(*(part.micro_batches(step, **rank) for part in train)),
+            samples=train[0].samples,
             validation={"valid": batches(*held_out)},
             captions={str(d.store.prefix): (len(d), d.cut_captions, d.longest_row) for d in train[0].datasets},
         )

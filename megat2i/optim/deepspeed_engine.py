@@ -8,10 +8,13 @@ false`` makes one ``engine.step()`` the boundary (DeepSpeed >= 0.19.4). How ZeRO
 import contextlib
 import io
 import logging
+import math
 import os
+from collections.abc import Callable
 
 import deepspeed
 import torch
+from deepspeed.runtime.utils import get_global_norm_of_tensors, is_invalid_grad_norm
 
 from megat2i.config import OptimizerConfig, TrainingConfig
 from megat2i.kernels.optimizer import choose_adamw
@@ -20,6 +23,47 @@ from megat2i.optim.engine import EXP_AVG, EXP_AVG_SQ, WEIGHT, Fragment, first_of
 from megat2i.topology import ModelParallelUnit, ParallelGroups
 
 REDUCE_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+class _NormJudge:
+    """Asks between DeepSpeed's gradient norm and its update; a norm that is refused reaches DeepSpeed as infinite.
+
+    DeepSpeed has no place for such a question, so the method that stands between the two is wrapped: of ZeRO's
+    optimizer the one that gives the norm, of the bfloat16 one the one that gives the gradients for the norm, which is
+    then computed twice. Without a question both are what they were. ``refused``: the true norm of a refused step.
+    """
+
+    def __init__(self, zero, bfloat16: bool):
+        self.zero, self.accept = zero, None
+        self.refused: float | None = None
+        if bfloat16:
+            self.original, zero.get_grads_for_norm = zero.get_grads_for_norm, self._gradients
+        else:
+            self.original, zero.scaled_global_norm = zero.scaled_global_norm, self._norm
+
+    def begin(self, accept: Callable[[float], bool] | None) -> None:
+        """The question of the step to come, or none."""
+        self.accept, self.refused = accept, None
+
+    def _refuses(self, norm) -> bool:
+        if self.accept is None or is_invalid_grad_norm(norm):  # invalid ones DeepSpeed refuses by itself
+            return False
+        self.refused = None if self.accept(float(norm)) else float(norm)
+        return self.refused is not None
+
+    def _norm(self, *arguments, **options):
+        norm = self.original(*arguments, **options)
+        return torch.full_like(norm, math.inf) if self._refuses(norm) else norm
+
+    def _gradients(self, for_clipping: bool = False):
+        gradients = self.original(for_clipping=for_clipping)
+        if for_clipping or self.accept is None:
+            return gradients
+        counted, experts = gradients
+        norm = get_global_norm_of_tensors(counted, mpu=self.zero.mpu, norm_type=self.zero.norm_type)
+        if self._refuses(norm):
+            counted = [torch.full((1,), math.inf, device=self.zero.fp32_groups_flat_partition[0].device)]
+        return counted, experts
 
 
 class DeepSpeedEngine:
@@ -77,15 +121,17 @@ class DeepSpeedEngine:
         if len(self.masters) != 1:
             raise RuntimeError(f"expected one parameter group in ZeRO, found {len(self.masters)}")
         self._check_mapping(self.zero.group_paddings[0] if bfloat16 else self.zero.groups_padding[0])
+        self.judge = _NormJudge(self.zero, bfloat16)
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, accept: Callable[[float], bool] | None = None) -> float:
         """See ``Engine.step``."""
         self.adam.param_groups[0]["lr"] = lr
         skipped = self.engine.skipped_steps
+        self.judge.begin(accept)
         self.engine.step()
         if self.engine.skipped_steps == skipped:
             self.updates += 1
-        return float(self.engine.get_global_grad_norm())
+        return float(self.engine.get_global_grad_norm()) if self.judge.refused is None else self.judge.refused
 
     def fragments(self) -> list[Fragment]:
         """See ``Engine.fragments``: each parameter's part of this rank's flat partition."""

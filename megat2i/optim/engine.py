@@ -1,5 +1,6 @@
 """What the trainer asks of an optimizer engine, and the pieces of state that a checkpoint sees of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,8 +61,11 @@ class Engine(Protocol):
     loss_scale: float
     updates: int
 
-    def step(self, lr: float) -> float:
-        """One update at ``lr``; returns the global gradient norm before clipping. Non-finite norms change nothing."""
+    def step(self, lr: float, accept: Callable[[float], bool] | None = None) -> float:
+        """One update at ``lr``; returns the global gradient norm before clipping. Non-finite norms change nothing.
+
+        Nor does a norm that ``accept`` refuses; it must give all ranks the same answer.
+        """
 
     def fragments(self) -> list[Fragment]:
         """Every piece of state that this rank has to fill; over all ranks each element is written exactly once."""

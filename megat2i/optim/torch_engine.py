@@ -3,6 +3,9 @@
 With bfloat16 weights it keeps float32 masters; gradients are summed in float32 in any case.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -43,12 +46,12 @@ class TorchEngine:
         self.clip, self.groups, self.updates = optimizer.clip, groups, 0
 
     @torch.no_grad()
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, accept: Callable[[float], bool] | None = None) -> float:
         """See ``Engine.step``."""
         self.sums.reduce()
         norm = self._norm()
         grad_norm = norm.item()
-        if torch.isfinite(norm):
+        if math.isfinite(grad_norm) and (accept is None or accept(grad_norm)):
             if self.clip > 0:
                 nn.utils.clip_grads_with_norm_(self.masters.values(), self.clip, norm)
             self.adam.param_groups[0]["lr"] = lr
