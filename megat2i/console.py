@@ -186,13 +186,15 @@ class Console:
 
 def spike_in_words(entry: dict) -> str:
     """The sentence on the record of a step whose loss is a spike."""
+    loss, norm = float(entry["loss"]), float(entry["grad_norm"])  # "nan" where it was read from a file
+    skipped = ", and the update is skipped" if entry["skipped"] else ""
     samples = [":".join(map(str, sample)) for sample in entry["samples"][:SAMPLES]]
     more = len(entry["samples"]) - len(samples)
     rows = f"; its samples (dataset:epoch:row) are {', '.join(samples)}" if samples else ""
+    rest = f" and {more:,} more, see metrics.jsonl" if more else ""
     return (
-        f"step {entry['step']:,}: the loss spikes to {float(entry['loss']):,.3f} from {entry['usual_loss']:.3f} on average, "
-        f"with a gradient norm of {float(entry['grad_norm']):,.3f}{', and the update is skipped' if entry['skipped'] else ''}"
-        f"{rows}{f' and {more:,} more, see metrics.jsonl' if more else ''}"
+        f"step {entry['step']:,}: the loss spikes to {loss:,.3f} from {entry['usual_loss']:.3f} on average, with a "
+        f"gradient norm of {norm:,.3f}{skipped}{rows}{rest}"
     )
 
 

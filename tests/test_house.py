@@ -21,25 +21,14 @@ FLOORS = (
         "progress",
         "vocab",
         "runtime",
+        "spikes",
         "topology",
         "weights_file",
     },  # fmt: skip
     {"parallel", "data", "tokenizers"},
     {"model", "loss"},
     {"optim", "pipeline", "pipeline_order", "checkpoint"},
-    {
-        "trainer",
-        "spikes",
-        "console",
-        "metrics",
-        "generate",
-        "evaluate",
-        "fonts",
-        "pictures",
-        "drawn",
-        "html_page",
-        "self_test",
-    },
+    {"trainer", "console", "metrics", "generate", "evaluate", "fonts", "pictures", "drawn", "html_page", "self_test"},
     {"pretrain", "run_folder", "planner", "experiments", "serving", "pretrain_t2i", "tools", "examples"},
 )
 PRODUCT = sorted(
