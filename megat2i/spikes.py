@@ -13,7 +13,7 @@ SPAN = 100  # steps that the running mean remembers
 MINIMUM = 16  # steps before the first verdict
 FLOOR = 1e-3  # of the mean: the least standard deviation, for a loss that hardly varies
 WINDOW = 200  # batches before and with a spike that are passed over, and quiet steps after which a spike is overcome
-REWINDS = 3  # for one spike; each goes back to an older checkpoint than the one before
+REWINDS = 3  # for one spike; each further one goes back beyond the newest checkpoint
 
 
 @dataclass

@@ -190,7 +190,8 @@ def _go_back(run: Run, step: int, log: MetricsLog | None, console: Console | Non
             f"the loss spikes at step {step}, and did so after each of {REWINDS} rewinds. Continue with --resume "
             "training.on_spike=skip, or start a new run with a lower optimizer.lr"
         )
-    found = checkpoint.go_back(run.checkpoints, run.engine, step, run.spikes.rewinds, report)
+    passing = min(run.spikes.rewinds, 1)  # a further rewind goes back beyond the checkpoint that did not help
+    found = checkpoint.go_back(run.checkpoints, run.engine, step, passing, report)
     if found is None:
         report(f"there is no sound checkpoint before step {step:,} to go back to: training goes on")
         return None
