@@ -58,7 +58,7 @@ class Updates:
         if self.not_finite:
             lines.append(f"{self.not_finite:,} of {self.steps:,} updates were skipped: the gradient was not finite")
         if self.spikes:
-            refused = f"; {count(self.refused, 'update')} of these skipped" if self.refused else ""
+            refused = f"; updates skipped for that: {self.refused:,}" if self.refused else ""
             lines.append(f"{self.spikes:,} of {self.steps:,} steps had a loss spike{refused}")
         if self.rewinds:
             times = count(self.rewinds, "time")
@@ -152,7 +152,7 @@ class Console:
         """Take the record of a training step."""
         remark, skipped = self.losses.add(entry), self.losses.updates.not_finite + self.losses.updates.refused
         note = f"{in_words(losses_of(entry))}, {entry['tokens_per_s']:,.0f} tokens/s"
-        self._bar.note(note + (f", {skipped:,} updates skipped" if skipped else ""))
+        self._bar.note(note + (f", {count(skipped, 'update')} skipped" if skipped else ""))
         self._bar.update()
         if remark:
             say(remark)
