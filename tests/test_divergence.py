@@ -166,7 +166,6 @@ LAYOUTS = [
     pytest.param("torch", 2, "float32", {}, **FULL),
     pytest.param("torch", 2, "float32", {"tensor": 2}, **FULL),
     pytest.param("torch", 2, "float32", {"pipeline": 2}, **FULL),
-    ("deepspeed", 1, "float32", {}),
     pytest.param("deepspeed", 2, "float32", {}, **FULL),
     pytest.param("deepspeed", 2, "bfloat16", {}, **FULL),
     ("deepspeed", 2, "bfloat16", {"pipeline": 2}),
