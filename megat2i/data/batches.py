@@ -14,6 +14,7 @@ import torch
 
 from megat2i.data import order
 from megat2i.data.blend import Blend
+from megat2i.data.indexed import IndexedDataset
 from megat2i.data.t2i_dataset import T2IDataset
 from megat2i.kernels import LiveTokens
 
@@ -84,6 +85,13 @@ class TrainingData:
             epoch[mine], index = np.divmod(position[mine], len(dataset))
             row[mine] = order.sample(self.seed, epoch[mine], index, len(dataset))
         return [Sample(*sample) for sample in zip(which.tolist(), epoch.tolist(), row.tolist(), strict=True)]
+
+    def byte_offsets(self, step: int) -> Iterator[tuple[IndexedDataset, np.ndarray]]:
+        """Of each dataset its store and where in the .bin the rows begin that all ranks together read for ``step``."""
+        samples = self.samples(step)
+        for number, dataset in enumerate(self.datasets):
+            rows = [sample.row for sample in samples if sample.dataset == number]
+            yield dataset.store, dataset.byte_offsets(np.array(rows, np.int64))
 
     def micro_batches(self, step: int, dp_rank: int, dp_size: int, micro_batch_size: int) -> list[Batch]:
         """The micro-batches of ``step`` for one data-parallel rank.
