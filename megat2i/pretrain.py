@@ -14,6 +14,8 @@ import torch.distributed as dist
 from megat2i import checkpoint, config_rules, run_folder
 from megat2i.config import Config
 from megat2i.data.sizes import require_stores, with_data_sizes
+from megat2i.data.verification import Verification
+from megat2i.files import DataFileError
 from megat2i.generate import Sampler
 from megat2i.loss import ModalityLoss
 from megat2i.model import freezing, pretrained
@@ -27,7 +29,7 @@ from megat2i.progress import count, say, waiting
 from megat2i.runtime import Backend
 from megat2i.self_test import require_same_launch, self_test
 from megat2i.topology import ParallelGroups
-from megat2i.trainer import Data, Run, RunError, require_equal_copies, train
+from megat2i.trainer import Data, Run, RunError, require_data, require_equal_copies, train
 
 Providers = tuple[
     Callable[[Config, Backend, Part], GPT],
@@ -57,7 +59,7 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
         require_same_launch(settings, run_folder.data_identity(settings))
         self_test(settings, backend, groups, _engine)
     provide_model, provide_data, provide_loss = providers
-    data = provide_data(settings, backend, groups)
+    data = _provided(lambda: provide_data(settings, backend, groups))
     run_folder.make(run_dir)  # nothing of a run that is refused up to here
     leader = backend.rank == 0
     report = say if leader else lambda line: None
@@ -65,6 +67,8 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
         found = checkpoint.latest(run_dir / "checkpoints", report) if resume else None
     if resume and not found and checkpoint.committed(run_dir / "checkpoints"):
         raise RunError(f"{run_dir}/checkpoints: every checkpoint is damaged; to start over, choose another run.dir")
+    first_step = found.step if found else 0
+    verification = _verification(data, run_dir, first_step, backend)
     # a checkpoint replaces every weight: the pre-trained model need not be there any more
     begin = _without_pretrained(settings) if found else settings
     with waiting(f"loading {found.path}" if found else "making the model", leader):
@@ -73,7 +77,6 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
         engine = _engine(model, settings, backend, groups)
         if found:
             checkpoint.load_engine(found, engine)
-    first_step = found.step if found else 0
     if leader:
         environment = _environment(begin, backend, groups, model)
         environment["resumed_from"] = str(found.path) if found else None
@@ -84,13 +87,38 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
     report(f"{'resuming after step ' + str(first_step) if found else 'starting'}: {run_dir}")
     pipeline = Pipeline(model, groups, settings.parallel.schedule)
     draw = _drawer(settings, pipeline) if settings.training.sample_every and groups.data_rank == 0 else None
-    run = Run(settings, pipeline, engine, data, provide_loss(settings), groups, backend, draw)
+    run = Run(settings, pipeline, engine, data, provide_loss(settings), groups, backend, draw, verification)
     if settings.runtime.self_test:
         require_equal_copies(run)
+    verification.go_on(f"Checkpoints after step {first_step} may have been trained on such bytes")
     train(run, first_step)
+    verification.close()
+    for line in verification.summary() if leader else ():
+        say(line)
     # Not after an error: other ranks may wait in a collective, and NCCL would wait for them before the error shows.
     dist.destroy_process_group()
     return settings
+
+
+def _provided(provide: Callable[[], Data]) -> Data:
+    """What ``provide`` returns; raises on all ranks what is wrong with the data of any. Collective."""
+    data, problem = None, None
+    try:
+        data = provide()
+    except DataFileError as error:
+        problem = error
+    require_data(problem)
+    return data
+
+
+def _verification(data: Data, run_dir: Path, first_step: int, backend: Backend) -> Verification:
+    """The first blocks of the data are compared with their digests; raises on all ranks where one differs."""
+    touched = functools.partial(data.touched, first_step)
+    verification = Verification(data.stores, touched, run_dir, backend.rank, backend.world_size)
+    with waiting("comparing the data with its digests", backend.rank == 0):
+        verification.begin()
+    require_data(verification.problem)
+    return verification
 
 
 def _describe(settings: Config, backend: Backend, data: Data, report: Callable[[str], None]) -> None:

@@ -13,9 +13,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megat2i import checkpoint
+from megat2i.checkpoint.agreement import first_sentence
 from megat2i.config import Config
 from megat2i.console import Console
 from megat2i.data.batches import Batch
+from megat2i.data.indexed import IndexedDataset
+from megat2i.data.verification import Touched, Verification
+from megat2i.files import DataFileError
 from megat2i.loss import ModalityLoss, count_tokens
 from megat2i.metrics import MetricsLog, StepMetrics, peak_flops
 from megat2i.model.cost import flops_per_token
@@ -34,16 +38,42 @@ class RunError(RuntimeError):
 
 
 def train_step(
-    pipeline: Pipeline, engine: Engine, batches: list[Batch], loss: ModalityLoss, groups: ParallelGroups, lr: float
+    pipeline: Pipeline,
+    engine: Engine,
+    batches: list[Batch],
+    loss: ModalityLoss,
+    groups: ParallelGroups,
+    lr: float,
+    problem: DataFileError | None = None,
 ) -> tuple[StepMetrics, float]:
     """One optimizer step over ``batches``, the micro-batches of this data-parallel rank.
 
     Returns what was measured over the global batch, and the gradient norm before clipping; the same on all ranks.
+    Raises on all ranks where one has a ``problem`` with its data.
     """
-    counts = _summed(count_tokens([b.modality for b in batches]), groups.data)  # the only normaliser there is
+    counts = _global_counts(batches, groups, problem)  # the only normaliser there is
     sums = pipeline.run_schedule(batches, loss, counts, engine.loss_scale)
     grad_norm = engine.step(lr)
     return StepMetrics(*_summed(sums, groups.data, groups.pipeline), counts, loss.weights), grad_norm
+
+
+def _global_counts(batches: list[Batch], groups: ParallelGroups, problem: DataFileError | None) -> Tensor:
+    """Positions of each modality [3] in the global batch; the same reduction tells all ranks of a ``problem``."""
+    counts = count_tokens([b.modality for b in batches])
+    if groups.tensor_rank or groups.pipeline_rank:
+        counts.zero_()  # these rows are counted by the first rank of this copy of the model
+    total = _summed(torch.cat((counts, torch.tensor([int(problem is not None)]))), dist.group.WORLD)
+    if total[-1]:
+        checkpoint.finish()  # what was saved before is sound
+        require_data(problem)
+    return total[:-1]
+
+
+def require_data(problem: DataFileError | None) -> None:
+    """Raise on all ranks what the first of them that has a ``problem`` says of its data. Collective."""
+    sentence = first_sentence(None if problem is None else str(problem))
+    if sentence is not None:
+        raise problem if dist.get_world_size() == 1 else RunError(sentence)
 
 
 def evaluate(pipeline: Pipeline, batches: list[Batch], loss: ModalityLoss, groups: ParallelGroups) -> StepMetrics:
@@ -67,12 +97,15 @@ class Data:
     """Where batches come from: micro-batches of a step, and the fixed validation batches of each split.
 
     ``captions``: for every training dataset its number of rows, of captions that do not fit a row, and the positions
-    that would hold them all.
+    that would hold them all. ``stores``: whose bytes are verified beside training; ``touched``: where each step reads
+    them, from a first one on.
     """
 
     micro_batches: Callable[[int], list[Batch]]
     validation: dict[str, list[Batch]]
     captions: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    stores: list[IndexedDataset] = field(default_factory=list)
+    touched: Callable[[int], Touched] = lambda first_step: ()
 
 
 @dataclass(frozen=True)
@@ -90,6 +123,7 @@ class Run:
     groups: ParallelGroups
     backend: Backend
     draw: Callable[[], np.ndarray] | None
+    verification: Verification | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -125,8 +159,8 @@ def _train(run: Run, steps: range, log: MetricsLog | None, console: Console | No
     for step in steps:
         started = time.perf_counter()
         lr = learning_rate(step - 1, run.config.optimizer, training)
-        batches = run.data.micro_batches(step - 1)
-        metrics, grad_norm = train_step(run.pipeline, run.engine, batches, run.loss, run.groups, lr)
+        batches, problem = _read(run, step)
+        metrics, grad_norm = train_step(run.pipeline, run.engine, batches, run.loss, run.groups, lr, problem)
         seconds = time.perf_counter() - started
         non_finite = 0 if math.isfinite(grad_norm) else non_finite + 1
         if log:
@@ -143,6 +177,16 @@ def _train(run: Run, steps: range, log: MetricsLog | None, console: Console | No
                 "Start a new run with a lower optimizer.lr or more training.warmup_steps"
             )
         _after_step(run, step, step == steps.stop - 1, log, console)
+    require_data(run.verification.problem if run.verification else None)
+
+
+def _read(run: Run, step: int) -> tuple[list[Batch], DataFileError | None]:
+    """The micro-batches of ``step``, and what is wrong with the data as far as this rank knows."""
+    try:
+        batches, problem = run.data.micro_batches(step - 1), None
+    except DataFileError as error:
+        batches, problem = [], error
+    return batches, problem or (run.verification.problem if run.verification else None)
 
 
 def _after_step(run: Run, step: int, last: bool, log: MetricsLog | None, console: Console | None) -> None:

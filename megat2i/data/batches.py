@@ -86,12 +86,14 @@ class TrainingData:
             row[mine] = order.sample(self.seed, epoch[mine], index, len(dataset))
         return [Sample(*sample) for sample in zip(which.tolist(), epoch.tolist(), row.tolist(), strict=True)]
 
-    def byte_offsets(self, step: int) -> Iterator[tuple[IndexedDataset, np.ndarray]]:
+    def byte_offsets(self, step: int) -> list[tuple[IndexedDataset, np.ndarray]]:
         """Of each dataset its store and where in the .bin the rows begin that all ranks together read for ``step``."""
-        samples = self.samples(step)
-        for number, dataset in enumerate(self.datasets):
-            rows = [sample.row for sample in samples if sample.dataset == number]
-            yield dataset.store, dataset.byte_offsets(np.array(rows, np.int64))
+        rows: list[list[int]] = [[] for _ in self.datasets]
+        for sample in self.samples(step):
+            rows[sample.dataset].append(sample.row)
+        return [
+            (d.store, d.byte_offsets(np.array(some, np.int64))) for d, some in zip(self.datasets, rows, strict=True)
+        ]
 
     def micro_batches(self, step: int, dp_rank: int, dp_size: int, micro_batch_size: int) -> list[Batch]:
         """The micro-batches of ``step`` for one data-parallel rank.

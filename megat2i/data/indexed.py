@@ -119,16 +119,23 @@ class IndexedDataset:
                 more = os.preadv(self._bin, [memoryview(buffer).cast("B")[done:]], offset + done)
                 if not more:
                     now, then = self.bin_status()[0], self.token_count * self.dtype.itemsize
-                    raise DataFileError(self.bin_path, f"{now:,} bytes, {then:,} when it was opened", REBUILD)
+                    remedy = "Copy the file again; a training goes on with --resume"
+                    raise DataFileError(self.bin_path, f"{now:,} bytes, {then:,} when it was opened", remedy)
                 done += more
         except OSError as error:
-            remedy = "Find the fault of the storage, then continue with --resume"
-            raise DataFileError(self.bin_path, f"cannot be read ({error.strerror})", remedy) from error
+            raise self._storage_error(error) from error
 
     def bin_status(self) -> tuple[int, int]:
         """Size in bytes and time of the last change (ns) of the open .bin; who overwrites it in place changes them."""
-        status = os.fstat(self._bin)
+        try:
+            status = os.fstat(self._bin)
+        except OSError as error:
+            raise self._storage_error(error) from error
         return status.st_size, status.st_mtime_ns
+
+    def _storage_error(self, error: OSError) -> DataFileError:
+        remedy = "Find the fault of the storage, then continue with --resume"
+        return DataFileError(self.bin_path, f"cannot be read ({error.strerror})", remedy)
 
     def byte_offsets(self, sequences: np.ndarray) -> np.ndarray:
         """Where in the .bin the ``sequences`` (numbers [n]) begin, int64 [n]."""

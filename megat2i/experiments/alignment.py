@@ -209,6 +209,7 @@ class Providers:
             micro_batches=lambda step: batches(*(part.micro_batches(step, **rank) for part in train)),
             validation={"valid": batches(*held_out)},
             captions={str(d.store.prefix): (len(d), d.cut_captions, d.longest_row) for d in train[0].datasets},
+            stores=[dataset.store for dataset in datasets],
         )
 
 
