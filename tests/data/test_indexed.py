@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -389,7 +390,8 @@ def test_control_without_the_structure_check_damage_gives_wrong_tokens(store):
     expected, chance, wrong = [original.sequence(i).tolist() for i in range(8)], random.Random(1), 0
     for _ in range(300):
         Path(f"{store}.idx").write_bytes(spoil(index, chance.randrange(34, 34 + 96), chance.randbytes(1)))
-        wrong += [Unchecked(store).sequence(i).tolist() for i in range(8)] != expected
+        with suppress(DataFileError):  # where the damage leads beyond the end of the file
+            wrong += [Unchecked(store).sequence(i).tolist() for i in range(8)] != expected
     assert wrong > 20
 
 

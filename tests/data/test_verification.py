@@ -1,4 +1,4 @@
-"""Beside training each block is compared once, first those that are read first; what differs is named, at little cost."""
+"""Beside training each block is compared, first those that are read first; what differs is named, at little cost."""
 
 import dataclasses
 import os
