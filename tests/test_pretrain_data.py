@@ -106,7 +106,13 @@ def assert_refused(said: list[str], file: str) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "split", "manifest"),
-    [(1, "train", True), (2, "train", True), (2, "train", False), (1, "valid", True), (1, "prose/valid", False)],
+    [
+        (2, "train", True),
+        (2, "train", False),
+        (1, "prose/valid", False),
+        pytest.param(1, "train", True, marks=pytest.mark.full),
+        pytest.param(1, "valid", True, marks=pytest.mark.full),
+    ],
 )
 def test_a_resumed_run_refuses_other_tokens_of_the_same_size(launch, settings, tmp_path, ranks, split, manifest):
     prefix = tmp_path / "data" / split
@@ -128,7 +134,7 @@ def test_damaged_tokens_are_refused_before_the_first_step(launch, settings, tmp_
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize(("ranks", "size"), [(1, 0), (2, 0), (2, 100)])
+@pytest.mark.parametrize(("ranks", "size"), [(2, 100), *(pytest.param(n, 0, marks=pytest.mark.full) for n in (1, 2))])
 def test_tokens_that_are_cut_off_under_a_running_training(launch, settings, tmp_path, ranks, size):
     path = tmp_path / "data/train.bin"
     original = path.read_bytes()
