@@ -7,6 +7,7 @@ Also runs under plain ``python`` (one process), ``torchrun`` and ``srun``.
 import argparse
 import shlex
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +16,13 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}")
 
+import numpy as np
+
 from megat2i.checkpoint import CheckpointError
 from megat2i.config import Config, ConfigError, load
 from megat2i.data.batches import TrainingData, evaluation_batches
 from megat2i.data.t2i_dataset import T2IDataset, require_same_tokenizers
+from megat2i.data.verification import ReadAt
 from megat2i.files import DataFileError
 from megat2i.interrupt import leave_on_interrupt, stopped
 from megat2i.kernels import choose_ops
@@ -57,15 +61,21 @@ def data_provider(config: Config, backend: Backend, groups: ParallelGroups) -> D
     if data.valid_text:
         held_out["valid_text"] = dataset(data.valid_text, mode="text_only")
     require_same_tokenizers([d for d, _ in sources] + list(held_out.values()))
-    validation = {
-        split: evaluation_batches(d, **rank, rows=min(training.evaluate_samples, len(d)))
-        for split, d in held_out.items()
-    }
+    rows = {split: min(training.evaluate_samples, len(d)) for split, d in held_out.items()}
+    validation = {split: evaluation_batches(d, **rank, rows=rows[split]) for split, d in held_out.items()}
+
+    def touched(first_step: int) -> Iterator[list[ReadAt]]:
+        if held_out:
+            yield [(d.store, d.byte_offsets(np.arange(rows[split]))) for split, d in held_out.items()]
+        yield from (train.byte_offsets(step) for step in range(first_step, training.steps))
+
     return Data(
         captions={str(d.store.prefix): (len(d), d.cut_captions, d.longest_row) for d, _ in sources},
         micro_batches=lambda step: [batch.to(backend.device) for batch in train.micro_batches(step, **rank)],
         samples=train.samples,
         validation={split: [batch.to(backend.device) for batch in batches] for split, batches in validation.items()},
+        stores=[d.store for d in [*held_out.values(), *train.datasets]],
+        touched=touched,
     )
 
 

@@ -17,7 +17,7 @@ from megat2i.files import DataFileError, PendingFile, commit, read_json_object
 
 FOLDER = "drawn"
 REMEDY = "Remove this step from the folder"
-_NAME = re.compile(r"step-(\d+)\.(png|json)")
+_NAME = re.compile(r"step-([0-9]{6,18})\.(png|json)")
 
 
 @dataclass(frozen=True)

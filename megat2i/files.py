@@ -26,6 +26,7 @@ class DataFileError(ValueError):
         return f"{self.path}: {self.problem}. {self.remedy}"
 
 
+STEP_DIGITS = 18  # of a step, at most: it fits 64 bits
 # What the storage or this process is short of: nothing that is wrong with a file.
 TRANSIENT = ("ESTALE", "EIO", "ETIMEDOUT", "EMFILE", "ENFILE", "ENOMEM", "ENOSPC", "EDQUOT")
 
@@ -50,6 +51,13 @@ def storage_errors(path: str | Path) -> Iterator[None]:
 def store_path(prefix: str | Path, suffix: str) -> Path:
     """PREFIX + suffix. (``Path.with_suffix`` would cut a prefix that itself contains a dot.)"""
     return Path(f"{prefix}{suffix}")
+
+
+def step_of(name: str) -> int | None:
+    """The step in the name ``step-N`` of a checkpoint folder; None for every name that no run gives to one."""
+    number = name.removeprefix("step-")
+    plain = number.isascii() and number.isdecimal() and len(number) <= STEP_DIGITS
+    return int(number) if plain and name == f"step-{int(number)}" else None
 
 
 class PendingFile:

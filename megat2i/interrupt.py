@@ -18,6 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megat2i.files import step_of
+
 TOGETHER = 0.2  # seconds within which two signals count as one event
 HEAD_START = 0.5  # seconds for the first rank, which would else see the others go before it has spoken
 EXIT_CODE = 128 + signal.SIGINT  # as shells have it
@@ -88,8 +90,8 @@ def said_on_interrupt(sentence: str) -> Iterator[None]:
 
 def stopped(run_dir: Path) -> str:
     """Where a training run stands, by the files of its folder, and how it goes on."""
-    names = [path.name.removeprefix("step-") for path in (run_dir / "checkpoints").glob("step-*")]
-    steps = [int(name) for name in names if name.isdecimal()]  # a copy under another name is none
+    steps = [step_of(path.name) for path in (run_dir / "checkpoints").glob("step-*")]
+    steps = [step for step in steps if step is not None]  # a copy under another name is none
     last = _last_step(run_dir / "metrics.jsonl")
     if last is None:
         return "stopped before the first step"

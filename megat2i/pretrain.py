@@ -14,6 +14,8 @@ import torch.distributed as dist
 from megat2i import checkpoint, config_rules, run_folder
 from megat2i.config import Config
 from megat2i.data.sizes import require_stores, with_data_sizes
+from megat2i.data.verification import Verification
+from megat2i.files import DataFileError
 from megat2i.generate import Sampler
 from megat2i.loss import ModalityLoss
 from megat2i.model import freezing, pretrained
@@ -28,7 +30,7 @@ from megat2i.runtime import Backend
 from megat2i.self_test import require_same_launch, self_test
 from megat2i.spikes import Spikes
 from megat2i.topology import ParallelGroups
-from megat2i.trainer import Data, Run, RunError, require_sound_state, train
+from megat2i.trainer import Data, Run, RunError, require_data, require_sound_state, train
 
 Providers = tuple[
     Callable[[Config, Backend, Part], GPT],
@@ -58,7 +60,7 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
         require_same_launch(settings, run_folder.data_identity(settings))
         self_test(settings, backend, groups, _engine)
     provide_model, provide_data, provide_loss = providers
-    data = provide_data(settings, backend, groups)
+    data = _provided(lambda: provide_data(settings, backend, groups))
     run_folder.make(run_dir)  # nothing of a run that is refused up to here
     leader = backend.rank == 0
     report = say if leader else lambda line: None
@@ -68,6 +70,8 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
         raise RunError(
             f"{run_dir}/checkpoints: every checkpoint is damaged or not finite; to start over, choose another run.dir"
         )
+    first_step = found.step if found else 0
+    verification = _verification(data, run_dir, first_step, backend)
     # a checkpoint replaces every weight: the pre-trained model need not be there any more
     begin = _without_pretrained(settings) if found else settings
     with waiting(f"loading {found.path}" if found else "making the model", leader):
@@ -76,7 +80,6 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
         engine = _engine(model, settings, backend, groups)
         if found:
             checkpoint.load_engine(found, engine)
-    first_step = found.step if found else 0
     if leader:
         environment = _environment(begin, backend, groups, model)
         environment["resumed_from"] = str(found.path) if found else None
@@ -89,12 +92,37 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
     draw = _drawer(settings, pipeline) if settings.training.sample_every and groups.data_rank == 0 else None
     spikes = Spikes(settings.training.spike_sigma, norms=settings.training.on_spike == "skip")
     spikes.restore(found.manifest.get("training", {}) if found else {})
-    run = Run(settings, pipeline, engine, data, provide_loss(settings), groups, backend, draw, spikes)
+    run = Run(settings, pipeline, engine, data, provide_loss(settings), groups, backend, draw, spikes, verification)
     require_sound_state(run, first_step)
+    verification.go_on(f"Checkpoints after step {first_step} may have been trained on such bytes")
     train(run, first_step)
+    verification.close()
+    for line in verification.summary() if leader else ():
+        say(line)
     # Not after an error: other ranks may wait in a collective, and NCCL would wait for them before the error shows.
     dist.destroy_process_group()
     return settings
+
+
+def _provided(provide: Callable[[], Data]) -> Data:
+    """What ``provide`` returns; raises on all ranks what is wrong with the data of any. Collective."""
+    data, problem = None, None
+    try:
+        data = provide()
+    except DataFileError as error:
+        problem = error
+    require_data(problem)
+    return data
+
+
+def _verification(data: Data, run_dir: Path, first_step: int, backend: Backend) -> Verification:
+    """The first blocks of the data are compared with their digests; raises on all ranks where one differs."""
+    touched = functools.partial(data.touched, first_step)
+    verification = Verification(data.stores, touched, run_dir, backend.rank, backend.world_size)
+    with waiting("comparing the data with its digests", backend.rank == 0):
+        verification.begin()
+    require_data(verification.problem)
+    return verification
 
 
 def _describe(settings: Config, backend: Backend, data: Data, report: Callable[[str], None]) -> None:

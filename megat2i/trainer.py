@@ -13,9 +13,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megat2i import checkpoint
+from megat2i.checkpoint.agreement import first_sentence
 from megat2i.config import Config
 from megat2i.console import Console
 from megat2i.data.batches import Batch, Sample
+from megat2i.data.indexed import IndexedDataset
+from megat2i.data.verification import Touched, Verification
+from megat2i.files import DataFileError
 from megat2i.loss import ModalityLoss, count_tokens
 from megat2i.metrics import MetricsLog, StepMetrics, peak_flops
 from megat2i.model.cost import flops_per_token
@@ -44,16 +48,37 @@ def train_step(
     groups: ParallelGroups,
     lr: float,
     accept: Callable[[float, float], bool] | None = None,
+    problem: DataFileError | None = None,
 ) -> tuple[StepMetrics, float]:
     """One optimizer step over ``batches``, the micro-batches of this data-parallel rank.
 
     ``accept``: asked with the loss and the gradient norm whether to update; collective, one answer for all ranks.
     Returns what was measured over the global batch, and the gradient norm before clipping; the same on all ranks.
+    Raises on all ranks where one has a ``problem`` with its data.
     """
-    counts = _summed(count_tokens([b.modality for b in batches]), groups.data)  # the only normaliser there is
+    counts = _global_counts(batches, groups, problem)  # the only normaliser there is
     sums = pipeline.run_schedule(batches, loss, counts, engine.loss_scale)
     metrics = StepMetrics(*_summed(sums, groups.data, groups.pipeline), counts, loss.weights)
     return metrics, engine.step(lr, partial(accept, metrics.loss) if accept else None)
+
+
+def _global_counts(batches: list[Batch], groups: ParallelGroups, problem: DataFileError | None) -> Tensor:
+    """Positions of each modality [3] in the global batch; the same reduction tells all ranks of a ``problem``."""
+    counts = count_tokens([b.modality for b in batches])
+    if groups.tensor_rank or groups.pipeline_rank:
+        counts.zero_()  # these rows are counted by the first rank of this copy of the model
+    total = _summed(torch.cat((counts, torch.tensor([int(problem is not None)]))), dist.group.WORLD)
+    if total[-1]:
+        checkpoint.finish()  # what was saved before is sound
+        require_data(problem)
+    return total[:-1]
+
+
+def require_data(problem: DataFileError | None) -> None:
+    """Raise on all ranks what the first of them that has a ``problem`` says of its data. Collective."""
+    sentence = first_sentence(None if problem is None else str(problem))
+    if sentence is not None:
+        raise problem if dist.get_world_size() == 1 else RunError(sentence)
 
 
 def evaluate(pipeline: Pipeline, batches: list[Batch], loss: ModalityLoss, groups: ParallelGroups) -> StepMetrics:
@@ -77,13 +102,16 @@ class Data:
     """Where batches come from: micro-batches of a step, and the fixed validation batches of each split.
 
     ``captions``: for every training dataset its number of rows, of captions that do not fit a row, and the positions
-    that would hold them all. ``samples``: where the rows of a whole global batch came from.
+    that would hold them all. ``samples``: where the rows of a whole global batch came from. ``stores``: whose bytes are
+    verified beside training; ``touched``: where each step reads them, from a first one on.
     """
 
     micro_batches: Callable[[int], list[Batch]]
     validation: dict[str, list[Batch]]
     captions: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     samples: Callable[[int], list[Sample]] = lambda step: []
+    stores: list[IndexedDataset] = field(default_factory=list)
+    touched: Callable[[int], Touched] = lambda first_step: ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +130,7 @@ class Run:
     backend: Backend
     draw: Callable[[], np.ndarray] | None
     spikes: Spikes = field(default_factory=Spikes)
+    verification: Verification | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -139,8 +168,8 @@ def _train(run: Run, steps: range, log: MetricsLog | None, console: Console | No
         started = time.perf_counter()
         lr = learning_rate(step - 1, run.config.optimizer, training)
         number, updates = run.spikes.batch(step), run.engine.updates
-        batches = run.data.micro_batches(number)
-        metrics, grad_norm = train_step(run.pipeline, run.engine, batches, run.loss, run.groups, lr, accept)
+        batches, problem = _read(run, number)
+        metrics, grad_norm = train_step(run.pipeline, run.engine, batches, run.loss, run.groups, lr, accept, problem)
         seconds = time.perf_counter() - started
         spike, usual_loss = run.spikes.is_spike(metrics.loss, grad_norm), run.spikes.loss.mean
         run.spikes.add(step, metrics.loss, grad_norm)
@@ -170,6 +199,16 @@ def _train(run: Run, steps: range, log: MetricsLog | None, console: Console | No
             rewound = {}
             _after_step(run, step, step == steps.stop - 1, log, console)
         step += 1
+    require_data(run.verification.problem if run.verification else None)
+
+
+def _read(run: Run, number: int) -> tuple[list[Batch], DataFileError | None]:
+    """The micro-batches of global batch ``number``, and what is wrong with the data as far as this rank knows."""
+    try:
+        batches, problem = run.data.micro_batches(number), None
+    except DataFileError as error:
+        batches, problem = [], error
+    return batches, problem or (run.verification.problem if run.verification else None)
 
 
 def _accept(spikes: Spikes, loss: float, grad_norm: float) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from manifest_file import change_manifest
 
 from megat2i import run_folder
 from megat2i.config import DatasetConfig
@@ -58,10 +59,8 @@ def test_a_resumed_run_keeps_what_it_began_with(settings, dtype):
 @pytest.mark.parametrize("split", ["train", "valid", "prose/valid"])
 def test_changed_data_under_the_same_name_is_refused(settings, tmp_path, split):
     write(settings)
-    manifest = tmp_path / f"data/{split}.json"
-    content = json.loads(manifest.read_text())
-    content["bin_blocks"]["sha256"][0] = "0" * 64  # as if other tokens had been written
-    manifest.write_text(json.dumps(content))
+    other_tokens = ["0" * 64]  # the digest of their one block
+    change_manifest(tmp_path / f"data/{split}", lambda value: value["bin_blocks"].update(sha256=other_tokens))
     with pytest.raises(RunError, match=f"the content of .*{split}"):
         run_folder.check(folder(settings), settings, resume=True)
 

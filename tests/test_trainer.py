@@ -11,6 +11,7 @@ from distributed import run_ranks
 
 from megat2i import trainer
 from megat2i.config import LossConfig
+from megat2i.files import DataFileError
 from megat2i.loss import ModalityLoss, count_tokens
 from megat2i.optim.engine import EXP_AVG
 from megat2i.runtime import Backend
@@ -225,6 +226,35 @@ def test_a_batch_without_positions_of_weight_is_an_error(make_training, make_bat
             train_step(pipeline, engine, empty, ModalityLoss((1.0, 1.0, 1.0)), groups, lr=1e-2)
 
     run_ranks(1, run)
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 2), (1, 2, 1)])
+def test_data_that_one_rank_cannot_read_end_the_step_on_all(make_training, make_batches, configure, tmp_path, layout):
+    """Before anything is computed, whatever the rank: also one whose rows others count."""
+    config = configure(2)
+    tensor, pipeline, data = layout
+    config = replace(config, parallel=replace(config.parallel, tensor=tensor, pipeline=pipeline))
+    ranks, loss = tensor * pipeline * data, ModalityLoss((1.0, 1.0, 1.0))
+
+    def run():
+        stage, engine, groups = make_training("torch", config)
+        before = [p.detach().clone() for p in stage.model.parameters()]
+        fault = DataFileError(tmp_path / "train.bin", "bytes 0 to 99 differ", "Copy the file again")
+        raised = []
+        for failing in range(ranks):
+            batches = make_batches(config, 0, groups.data_rank, groups.data_size)
+            problem = fault if dist.get_rank() == failing else None
+            with pytest.raises(DataFileError if ranks == 1 else trainer.RunError) as error:
+                train_step(stage, engine, [] if problem else batches, loss, groups, 1e-2, problem)
+            raised.append(str(error.value))
+        assert all(torch.equal(a, b) for a, b in zip(before, stage.model.parameters(), strict=True))
+        batches = make_batches(config, 0, groups.data_rank, groups.data_size)
+        counts = trainer._global_counts(batches, groups, None)
+        assert torch.equal(counts, trainer._summed(count_tokens([b.modality for b in batches]), groups.data))
+        return raised
+
+    expected = f"{tmp_path / 'train.bin'}: bytes 0 to 99 differ. Copy the file again"
+    assert run_ranks(ranks, run) == [[expected] * ranks] * ranks
 
 
 def run_loop(make_training, make_batches, config, draw=None, engine="torch"):

@@ -64,7 +64,7 @@ def faults(prefix: Path, tokenizers: dict[str, Path | None]) -> Iterator[str]:
         if damaged:  # what else would be found are its consequences
             return
         store = IndexedDataset(prefix)
-        size = f"{store.number_of_documents:,} documents, {len(store):,} sequences, {len(store.tokens):,} tokens"
+        size = f"{store.number_of_documents:,} documents, {len(store):,} sequences, {store.token_count:,} tokens"
         print(f"{prefix}: {size}{'' if manifest else '; no manifest: only the structure was checked'}")
         if manifest:
             yield from _document_faults(store, manifest)
@@ -132,7 +132,7 @@ def _token_faults(store: IndexedDataset, manifest: Manifest) -> Iterator[str]:
     least, largest, numbers = [None, None], [None, None], [0, 0]
     counts = np.zeros(manifest.image.codebook_size if manifest.image else 0, np.int64)
     name = store.bin_path.name
-    with Progress(len(store.tokens), f"ids of {name}", "tokens") as bar:
+    with Progress(store.token_count, f"ids of {name}", "tokens") as bar:
         for tokens, is_image in token_blocks(store):
             for modality, ids in ((TEXT, tokens[~is_image]), (IMAGE, tokens[is_image])):
                 if len(ids):

@@ -110,7 +110,7 @@ def training_pictures(settings: Config, tokenizer: ImageTokenizer) -> Tensor:
     codes = []
     for dataset in settings.data.train:
         store = IndexedDataset(dataset.prefix)
-        images = [store.view(store.document(number)[-1]) for number in range(store.number_of_documents)]
+        images = [store.sequence(store.document(number)[-1]) for number in range(store.number_of_documents)]
         codes.append(np.stack(images).astype(np.int64))
     return tokenizer.decode(torch.from_numpy(np.concatenate(codes)))
 

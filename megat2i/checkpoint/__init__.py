@@ -1,9 +1,10 @@
 """Checkpoints that know no layout: every tensor by global name and shape, whatever ranks and engine wrote it.
 
 ``<run>/checkpoints/step-N/`` holds one safetensors file a rank and ``manifest.json``. A part of a file names its global
-tensor and the boxes of it that its values fill, in their order; its SHA-256 is taken in memory before it is written and
-compared when it is read. A checkpoint is committed by renaming a complete, fsynced temporary folder, with the manifest
-written last; the newest one that verifies wins, and all ranks agree on it. No pickle anywhere.
+tensor and the boxes of it that its values fill, in their order; its SHA-256 is taken in memory before it is written.
+Readers compare it, dtype and shape, and the SHA-256 of the file's header: every byte is under a digest. A checkpoint is
+committed by renaming a complete, fsynced temporary folder, with the manifest written last; the newest one that
+verifies wins, and all ranks agree on it. No pickle anywhere.
 
 Master weights, Adam's moments and the step are all the state there is: the order of the samples and the dropped
 captions are pure functions of the step, and training draws no random numbers.

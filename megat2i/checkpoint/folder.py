@@ -14,16 +14,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megat2i.checkpoint import manifest as manifests
 from megat2i.checkpoint.agreement import CheckpointError
-from megat2i.files import PendingFile
-from megat2i.files import commit as commit_files
+from megat2i.checkpoint.manifest import part_size, read_manifest, write_json
+from megat2i.files import step_of
 from megat2i.optim.engine import Fragment
 from megat2i.optim.finite import KIND_NAMES, row_not_finite
 from megat2i.parallel.shard import Box
 
-FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
 PART_ELEMENTS = 1 << 24  # 64 MiB: the most that a reader holds at a time, and reads for the sake of a few elements
+LENGTH_BYTES = 8  # a safetensors file begins with the length of its JSON header, little-endian
 
 
 @dataclass(frozen=True)
@@ -39,60 +39,75 @@ class Checkpoint:
 
 
 def committed(folder: Path) -> list[Path]:
-    """Checkpoint folders under their committed names, newest first, verified or not."""
-    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=step_number, reverse=True)
+    """Checkpoint folders under their committed names, newest first, verified or not. Other names are no checkpoints."""
+    named = [path for path in folder.glob("step-*") if step_of(path.name) is not None]
+    return sorted(named, key=step_number, reverse=True)
 
 
 def step_number(path: Path) -> int:
     """The step in the name of a committed checkpoint folder."""
-    return int(path.name.removeprefix("step-"))
+    return step_of(path.name)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read the manifest of one checkpoint folder; raises CheckpointError."""
-    try:
-        body = json.loads((path / MANIFEST).read_text())
-        text = body["manifest"]
-        if hashlib.sha256(text.encode()).hexdigest() != body["sha256"]:
-            raise CheckpointError(f"{path / MANIFEST}: its digest does not match; the file is damaged")
-        manifest = json.loads(text)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: not readable as a checkpoint manifest: {error}") from error
-    if manifest["format"] != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format {manifest['format']}, this version reads {FORMAT_VERSION}; "
-            "continue with the version of megat2i that wrote it"
-        )
-    return Checkpoint(path, manifest)
+    return Checkpoint(path, read_manifest(path))
 
 
 def verify(checkpoint: Checkpoint, share: tuple[int, int] = (0, 1)) -> None:
     """Compare the digest of every ``share[1]``-th part, from ``share[0]``; raises CheckpointError naming the part.
 
-    So does a value that is not finite: a checkpoint of an older version may hold one.
+    All shares together compare every byte of the files. So does a value that is not finite: a checkpoint of an older
+    version may hold one.
     """
-    for part, values in read_parts(checkpoint.path, checkpoint.manifest["parts"][share[0] :: share[1]]):
+    for part, values in read_parts(checkpoint, checkpoint.manifest["parts"][share[0] :: share[1]]):
         row = row_not_finite(values, part_boxes(part))
         if row is not None:
             raise CheckpointError(f"{KIND_NAMES[part['kind']]} {part['name']} is not finite in row {row}")
 
 
-def read_parts(folder: Path, parts: list[dict]) -> Iterator[tuple[dict, Tensor]]:
-    """Each of ``parts`` and its values [n] float32, one at a time, after comparing their digest; file by file."""
+def read_parts(checkpoint: Checkpoint, parts: list[dict]) -> Iterator[tuple[dict, Tensor]]:
+    """Each of ``parts`` and its values [n] float32, one at a time, after comparing their digest; file by file.
+
+    Raises CheckpointError where anything about a file is not as it was written.
+    """
     for name, group in groupby(sorted(parts, key=itemgetter("file")), itemgetter("file")):
-        path, part = folder / name, None
+        path, part = checkpoint.path / name, None
         try:
+            _verify_header(path, checkpoint.manifest)
             with safe_open(path, framework="pt") as file:
                 for part in group:
-                    values = file.get_tensor(part["key"])
-                    if digest(values) != part["sha256"]:
-                        raise CheckpointError(
-                            f"{path}: the digest of part '{part['key']}' does not match; the file is damaged"
-                        )
-                    yield part, values
+                    yield part, _read_part(path, file, part)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot read {part['key'] if part else 'its header'}: {error}") from error
+
+
+def _verify_header(path: Path, manifest: dict) -> None:
+    """Compare size and header with the manifest, which has no digest of them in the format before this one."""
+    if manifest["format"] == manifests.WITHOUT_FILES:
+        return
+    expected = manifest["files"][path.name]
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        header = file.read(expected["header_bytes"])
+    if size != expected["bytes"]:
+        raise CheckpointError(f"{path}: {size:,} bytes, {expected['bytes']:,} were written; the file is damaged")
+    if hashlib.sha256(header).hexdigest() != expected["header"]:
+        raise CheckpointError(f"{path}: the digest of its header does not match; the file is damaged")
+
+
+def _read_part(path: Path, file, part: dict) -> Tensor:
+    """The values of ``part`` from the open safetensors ``file``."""
+    stored = file.get_slice(part["key"])
+    if stored.get_dtype() != "F32" or stored.get_shape() != [part_size(part)]:
+        raise CheckpointError(
+            f"{path}: part '{part['key']}' is {stored.get_dtype()} {stored.get_shape()}, "
+            f"F32 [{part_size(part)}] was written; the file is damaged"
+        )
+    values = file.get_tensor(part["key"])
+    if digest(values) != part["sha256"]:
+        raise CheckpointError(f"{path}: the digest of part '{part['key']}' does not match; the file is damaged")
+    return values
 
 
 def part_boxes(part: dict) -> list[Box]:
@@ -101,9 +116,9 @@ def part_boxes(part: dict) -> list[Box]:
 
 
 def write_rank(folder: Path, rank: int, fragments: list[Fragment]) -> None:
-    """Write and fsync a rank's safetensors file and then the listing of its parts."""
+    """Write and fsync a rank's safetensors file and then the listing of the file and its parts."""
     file = f"rank-{rank:05d}.safetensors"
-    tensors, parts = {}, []
+    tensors, parts, files = {}, [], {}
     for fragment in fragments:
         for offset in range(0, fragment.values.numel(), PART_ELEMENTS):
             values = fragment.values[offset : offset + PART_ELEMENTS].detach().cpu().float()
@@ -124,9 +139,18 @@ def write_rank(folder: Path, rank: int, fragments: list[Fragment]) -> None:
     if tensors:
         save_file(tensors, folder / file)
         os.chmod(folder / file, os.stat(folder).st_mode & 0o666)  # the library leaves it to its owner alone
-        with open(folder / file, "rb") as written:
-            os.fsync(written.fileno())
-    write_json(listing(folder, rank), parts)
+        files[file] = _describe_and_sync(folder / file)
+    write_json(listing(folder, rank), {"files": files, "parts": parts})
+
+
+def _describe_and_sync(path: Path) -> dict:
+    """Size of a new safetensors file, and size and digest of its header; the file is durable then."""
+    with open(path, "rb") as file:
+        length = file.read(LENGTH_BYTES)
+        header = length + file.read(int.from_bytes(length, "little"))
+        os.fsync(file.fileno())
+        size = os.fstat(file.fileno()).st_size
+    return {"bytes": size, "header_bytes": len(header), "header": hashlib.sha256(header).hexdigest()}
 
 
 def listing(folder: Path, rank: int) -> Path:
@@ -136,19 +160,13 @@ def listing(folder: Path, rank: int) -> Path:
 
 def write_manifest(folder: Path, ranks: int, content: dict) -> None:
     """Gather the listings of all ranks into the manifest, beside the other ``content`` of it."""
-    parts = []
+    parts, files = [], {}
     for rank in range(ranks):
-        parts += json.loads(listing(folder, rank).read_text())
+        listed = json.loads(listing(folder, rank).read_text())
+        parts += listed["parts"]
+        files |= listed["files"]
         listing(folder, rank).unlink()
-    text = json.dumps({"format": FORMAT_VERSION, **content, "parts": parts})
-    write_json(folder / MANIFEST, {"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": text})
-
-
-def write_json(path: Path, content) -> None:
-    """Write a JSON file that is durable, and complete under its name or not there."""
-    file = PendingFile(path)
-    file.write(json.dumps(content).encode())
-    commit_files([file])
+    manifests.write_manifest(folder, content, parts, files)
 
 
 def remove(path: Path) -> None:

@@ -158,6 +158,6 @@ def _carry_out(checkpoint: Checkpoint, copies: list[_Copy]) -> None:
     by_part: dict[tuple[str, str], list[_Copy]] = {}
     for copy in copies:
         by_part.setdefault((copy.part["file"], copy.part["key"]), []).append(copy)
-    for part, values in read_parts(checkpoint.path, [group[0].part for group in by_part.values()]):
+    for part, values in read_parts(checkpoint, [group[0].part for group in by_part.values()]):
         for copy in by_part[part["file"], part["key"]]:
             copy.target.view(copy.values, copy.box).copy_(copy.source.view(values, copy.box))

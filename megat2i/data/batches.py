@@ -14,6 +14,7 @@ import torch
 
 from megat2i.data import order
 from megat2i.data.blend import Blend
+from megat2i.data.indexed import IndexedDataset
 from megat2i.data.t2i_dataset import T2IDataset
 from megat2i.kernels import LiveTokens
 
@@ -84,6 +85,15 @@ class TrainingData:
             epoch[mine], index = np.divmod(position[mine], len(dataset))
             row[mine] = order.sample(self.seed, epoch[mine], index, len(dataset))
         return [Sample(*sample) for sample in zip(which.tolist(), epoch.tolist(), row.tolist(), strict=True)]
+
+    def byte_offsets(self, step: int) -> list[tuple[IndexedDataset, np.ndarray]]:
+        """Of each dataset its store and where in the .bin the rows begin that all ranks together read for ``step``."""
+        rows: list[list[int]] = [[] for _ in self.datasets]
+        for sample in self.samples(step):
+            rows[sample.dataset].append(sample.row)
+        return [
+            (d.store, d.byte_offsets(np.array(some, np.int64))) for d, some in zip(self.datasets, rows, strict=True)
+        ]
 
     def micro_batches(self, step: int, dp_rank: int, dp_size: int, micro_batch_size: int) -> list[Batch]:
         """The micro-batches of ``step`` for one data-parallel rank.

@@ -67,7 +67,7 @@ def token_blocks(store: IndexedDataset) -> Iterator[tuple[np.ndarray, np.ndarray
     at = 0
     for start in range(0, len(store), SEQUENCES):
         lengths = store.lengths[start : start + SEQUENCES]
-        tokens = store.tokens[at : at + int(lengths.sum(dtype=np.int64))]
+        tokens = store.read(at, int(lengths.sum(dtype=np.int64)))
         modes = np.zeros(len(lengths), np.int8) if store.modes is None else store.modes[start : start + SEQUENCES]
         yield tokens, np.repeat(modes == IMAGE, lengths)
         at += len(tokens)

@@ -1,4 +1,4 @@
-"""Token sequences on disk in Megatron's MMIDIDX format: read by memory map, and write.
+"""Token sequences on disk in Megatron's MMIDIDX format: read them, and write them.
 
 PREFIX.bin holds the tokens of all sequences end to end. PREFIX.idx says where each begins, which sequences form a
 document and, for stores of text and images, the mode (0 text, 1 image) of each. All numbers are little-endian:
@@ -12,6 +12,7 @@ import mmap
 import os
 import struct
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +42,11 @@ class StoreDigests:
 
 
 class IndexedDataset:
-    """A store opened for reading. The index and the tokens are memory-mapped; nothing is copied at opening.
+    """A store opened for reading. The index is memory-mapped; nothing is copied at opening.
 
-    Attributes: ``lengths`` int32[S], ``documents`` int64[D] (document d is sequences documents[d]..documents[d+1]-1),
-    ``modes`` int8[S] or None, ``tokens`` the flat memory map of the .bin, ``dtype``, ``manifest`` or None.
+    Tokens are read, not mapped: a .bin that becomes shorter while it is open would kill the process by its map, or give
+    zeros. Attributes: ``lengths`` int32[S], ``documents`` int64[D] (document d is sequences documents[d]..
+    documents[d+1]-1), ``modes`` int8[S] or None, ``token_count``, ``dtype``, ``manifest`` or None.
 
     Raises DataFileError where a file is missing or its structure is not exactly what the format says, and, for a store
     with a manifest, where the .idx is not the one that the manifest was written for.
@@ -64,7 +66,9 @@ class IndexedDataset:
         self.documents = np.frombuffer(index, "<i8", bounds, at + 12 * sequences)
         self.modes = np.frombuffer(index, "i1", sequences, at + 12 * sequences + 8 * bounds) if has_modes else None
         token_bytes = self._check_structure()
-        self.tokens = np.frombuffer(_map_file(self.bin_path, token_bytes), self.dtype)
+        self.token_count = token_bytes // self.dtype.itemsize
+        self._bin = _open_file(self.bin_path, token_bytes)
+        weakref.finalize(self, os.close, self._bin)
         self._check_manifest()
 
     def __len__(self) -> int:
@@ -82,15 +86,60 @@ class IndexedDataset:
         return range(self.documents[document], self.documents[document + 1])
 
     def sequence(self, index: int) -> np.ndarray:
-        """Tokens of a sequence: a copy in the dtype of the file."""
-        return self.view(index).copy()
+        """Tokens of a sequence, in the dtype of the file."""
+        return self.sequences(index, 1)[0]
 
-    def view(self, index: int) -> np.ndarray:
-        """Tokens of a sequence where they lie: a read-only part of ``tokens``, which it keeps mapped."""
-        if not 0 <= index < len(self.lengths):
-            raise IndexError(f"{self.prefix}: sequence {index} of {len(self)}")
-        start = self._pointers[index] // self.dtype.itemsize
-        return self.tokens[start : start + self.lengths[index]]
+    def sequences(self, first: int, count: int) -> list[np.ndarray]:
+        """Tokens of ``count`` adjacent sequences, in the dtype of the file, by one read."""
+        if not 0 <= first <= first + count <= len(self.lengths):
+            raise IndexError(f"{self.prefix}: sequences {first} to {first + count - 1} of {len(self)}")
+        lengths = self.lengths[first : first + count].tolist()
+        tokens = self.read(int(self._pointers[first]) // self.dtype.itemsize, sum(lengths))
+        parts, end = [], 0
+        for length in lengths:
+            parts.append(tokens[end : end + length])
+            end += length
+        return parts
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """``count`` tokens from number ``start`` of all on.
+
+        Raises DataFileError where the .bin cannot be read, or became shorter since it was opened.
+        """
+        tokens = np.empty(count, self.dtype)
+        self.read_bytes(start * self.dtype.itemsize, tokens)
+        return tokens
+
+    def read_bytes(self, offset: int, buffer) -> None:
+        """Fill ``buffer`` with the bytes of the .bin from ``offset`` on; raises as ``read`` does."""
+        try:
+            done = os.preadv(self._bin, [buffer], offset)
+            size = buffer.nbytes
+            while done < size:  # also where the kernel ends a long read early
+                more = os.preadv(self._bin, [memoryview(buffer).cast("B")[done:]], offset + done)
+                if not more:
+                    now, then = self.bin_status()[0], self.token_count * self.dtype.itemsize
+                    remedy = "Copy the file again; a training goes on with --resume"
+                    raise DataFileError(self.bin_path, f"{now:,} bytes, {then:,} when it was opened", remedy)
+                done += more
+        except OSError as error:
+            raise self._storage_error(error) from error
+
+    def bin_status(self) -> tuple[int, int]:
+        """Size in bytes and time of the last change (ns) of the open .bin; who overwrites it in place changes them."""
+        try:
+            status = os.fstat(self._bin)
+        except OSError as error:
+            raise self._storage_error(error) from error
+        return status.st_size, status.st_mtime_ns
+
+    def _storage_error(self, error: OSError) -> DataFileError:
+        remedy = "Find the fault of the storage, then continue with --resume"
+        return DataFileError(self.bin_path, f"cannot be read ({error.strerror})", remedy)
+
+    def byte_offsets(self, sequences: np.ndarray) -> np.ndarray:
+        """Where in the .bin the ``sequences`` (numbers [n]) begin, int64 [n]."""
+        return self._pointers[sequences]
 
     def _check_structure(self) -> int:
         """Check every array of the index; returns the bytes that the .bin must have."""
@@ -140,17 +189,27 @@ class IndexedDataset:
         raise DataFileError(self.index_path, problem, REBUILD)
 
 
-def _map_file(path: Path, expected_bytes: int | None = None) -> mmap.mmap | bytes:
-    """A read-only map of a file. Its size is checked first: reading past the end of a map kills the process."""
+def _open_file(path: Path, expected_bytes: int | None = None) -> int:
+    """The descriptor of a file opened for reading, of ``expected_bytes`` if they are given."""
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if expected_bytes is not None and size != expected_bytes:
-                raise DataFileError(path, f"{size:,} bytes, its index describes {expected_bytes:,}", REBUILD)
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError as error:
         remedy = "Check the prefix; a .bin without an .idx is left by a writer that did not finish"
         raise DataFileError(path, "not found", remedy) from error
+    size = os.fstat(descriptor).st_size
+    if expected_bytes is not None and size != expected_bytes:
+        os.close(descriptor)
+        raise DataFileError(path, f"{size:,} bytes, its index describes {expected_bytes:,}", REBUILD)
+    return descriptor
+
+
+def _map_file(path: Path) -> mmap.mmap | bytes:
+    """A read-only map of a file."""
+    descriptor = _open_file(path)
+    try:
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) if os.fstat(descriptor).st_size else b""
+    finally:
+        os.close(descriptor)
 
 
 def _read_header(path: Path, index) -> tuple[np.dtype, int, int, bool]:

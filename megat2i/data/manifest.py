@@ -1,7 +1,8 @@
 """PREFIX.json, the manifest of a token store: what the ids mean, where they came from, and digests of every byte.
 
 Megatron's .idx + .bin carry no checksum and do not say which tokenizer wrote them. The manifest does. It is written
-last, so its presence means that the store is complete.
+last, so its presence means that the store is complete. It carries a digest of itself: what the ids mean cannot change
+unseen. Stores of format version 1 have none and open as ever.
 """
 
 import hashlib
@@ -17,7 +18,8 @@ import numpy as np
 
 from megat2i.files import DataFileError, PendingFile, commit, store_path
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+WITHOUT_DIGEST = 1  # the version before
 DTYPE_NAMES = ("uint8", "int8", "int16", "int32", "int64", "uint16")  # the integer types of the .idx
 BLOCK_BYTES = (
     16 * 2**20
@@ -117,16 +119,17 @@ class Manifest:
         path = store_path(prefix, ".json")
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
+            version = value.pop("format_version", None) if isinstance(value, dict) else None
+            sound = version != FORMAT_VERSION or value.pop("sha256", None) == _fields_sha256(value)
         except FileNotFoundError:
             return None
         except (ValueError, RecursionError) as error:
             raise DataFileError(path, f"not a JSON file ({error})", REBUILD) from error
-        if not isinstance(value, dict) or value.get("format_version") != FORMAT_VERSION:
-            found = value.get("format_version") if isinstance(value, dict) else None
-            raise DataFileError(
-                path, f"format_version is {found!r}, this release reads {FORMAT_VERSION}", "Use a matching release"
-            )
-        del value["format_version"]
+        if type(version) is not int or version not in (WITHOUT_DIGEST, FORMAT_VERSION):
+            problem = f"format_version is {version!r}, this release reads {WITHOUT_DIGEST} and {FORMAT_VERSION}"
+            raise DataFileError(path, problem, "Use a matching release")
+        if not sound:
+            raise DataFileError(path, "its content is not what its own sha256 was taken of", REBUILD)
         manifest = _parse(cls, value, path, "")
         if manifest.bin_blocks.block_bytes < 1:
             raise DataFileError(path, "bin_blocks.block_bytes is 0", REBUILD)
@@ -137,8 +140,10 @@ class Manifest:
     def write(self, prefix: str | Path) -> None:
         """Write PREFIX.json atomically. Call it last: its presence declares the store complete."""
         file = PendingFile(store_path(prefix, ".json"))
+        content = asdict(self)
+        head = {"format_version": FORMAT_VERSION, "sha256": _fields_sha256(content)}
         try:
-            file.write((json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n").encode())
+            file.write((json.dumps(head | content, indent=1) + "\n").encode())
             commit([file])
         finally:
             file.discard()
@@ -160,6 +165,10 @@ class Manifest:
         size = _file_size(bin_path)
         if size != self.bin_bytes:
             raise DataFileError(bin_path, f"{size:,} bytes, the manifest says {self.bin_bytes:,}", REBUILD)
+        blocks = -(-size // self.bin_blocks.block_bytes)
+        if blocks != len(self.bin_blocks.sha256):
+            problem = f"{blocks} blocks, the manifest has digests of {len(self.bin_blocks.sha256)}"
+            raise DataFileError(bin_path, problem, REBUILD)
         if data:
             self._verify_blocks(bin_path)
 
@@ -171,9 +180,12 @@ class Manifest:
                 end = min((block + 1) * block_bytes, self.bin_bytes)
                 problem = f"bytes {block * block_bytes:,} to {end - 1:,} differ from the manifest's digest"
                 raise DataFileError(path, problem, REBUILD)
-        if len(found) != len(self.bin_blocks.sha256):
-            problem = f"{len(found)} blocks, the manifest has digests of {len(self.bin_blocks.sha256)}"
-            raise DataFileError(path, problem, REBUILD)
+
+
+def _fields_sha256(fields: Mapping[str, Any]) -> str:
+    """SHA-256 of the fields as JSON in one form, whatever the white space and the order of the keys in the file."""
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def relative_path(path: str | Path, prefix: str | Path) -> str:

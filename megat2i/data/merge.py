@@ -78,13 +78,12 @@ def _add_tokens(target: int, digester: BlockDigester, store: IndexedDataset) -> 
     own = BlockDigester(store.manifest.bin_blocks.block_bytes) if store.manifest else None
     buffer, at = memoryview(bytearray(COPY_BYTES)), 0
     with open(store.bin_path, "rb", buffering=0) as source:
-        # Read, not taken from the map: what was touched of that would count as this process's memory.
         while filled := os.preadv(source.fileno(), [buffer], at):
             for one in (digester, own) if own else (digester,):
                 one.update(buffer[:filled])
             _copy(source.fileno(), target, filled)
             at += filled
-    if at != store.tokens.nbytes or (own and own.result() != store.manifest.bin_blocks):
+    if at != store.token_count * store.dtype.itemsize or (own and own.result() != store.manifest.bin_blocks):
         if store.manifest:
             store.manifest.verify(store.prefix)  # names the bytes
         raise DataFileError(store.bin_path, "its bytes changed while they were read", REBUILD)

@@ -112,7 +112,7 @@ class T2IDataset:
             self._check_images()
             self._rows = self.store.number_of_documents
         else:
-            self._rows = max(0, len(self.store.tokens) - 1) // sequence_length
+            self._rows = max(0, self.store.token_count - 1) // sequence_length
 
     def __len__(self) -> int:
         return self._rows
@@ -141,6 +141,12 @@ class T2IDataset:
         sequences = [self.store.lengths[self._pattern.index(kind) :: len(self._pattern)] for kind in self.modalities]
         return sum(lengths.astype(np.int64) for lengths in sequences) + self._specials
 
+    def byte_offsets(self, rows: np.ndarray) -> np.ndarray:
+        """Where in the .bin the ``rows`` (numbers [n]) begin, int64 [n]."""
+        if self._pattern:
+            return self.store.byte_offsets(rows * len(self._pattern))
+        return rows * (self.sequence_length * self.store.dtype.itemsize)
+
     def row(self, sample: int, epoch: int | None) -> Row:
         """Row number ``sample`` in the order of the file. An ``epoch`` of None means evaluation: no caption is dropped.
 
@@ -163,10 +169,10 @@ class T2IDataset:
             self._fill_window(sample, tokens, labels, modality)
             return 0
         first = sample * len(self._pattern)
-        raw = {}
+        stored, raw = self.store.sequences(first, len(self._pattern)), {}
         for kind in self.modalities:
-            sequence = first + self._pattern.index(kind)
-            raw[kind] = self._check_ids(self.store.view(sequence), kind, "sequence", sequence)
+            place = self._pattern.index(kind)
+            raw[kind] = self._check_ids(stored[place], kind, "sequence", first + place)
         text_cut = 0
         if TEXT in raw:
             room = self.sequence_length - self._specials - (len(raw[IMAGE]) if IMAGE in raw else 0)
@@ -195,7 +201,7 @@ class T2IDataset:
     def _fill_window(self, sample: int, tokens: np.ndarray, labels: np.ndarray, modality: np.ndarray) -> None:
         """Window of S + 1 consecutive tokens of a store without modes: every one but the first is a label."""
         start = sample * self.sequence_length
-        ids = self._check_ids(self.store.tokens[start : start + self.sequence_length + 1], TEXT, "window", sample)
+        ids = self._check_ids(self.store.read(start, self.sequence_length + 1), TEXT, "window", sample)
         tokens[:], labels[:], modality[:] = ids[:-1], ids[1:], TEXT
 
     def _check_ids(self, ids: np.ndarray, modality: int, unit: str, number: int) -> np.ndarray:
@@ -235,8 +241,8 @@ class T2IDataset:
         if store.modes is None:
             if self.mode != "text_only":
                 self._refuse(f"it has no modes, which {self.mode} needs", "Use data.mode text_only or another store")
-            if len(store.tokens) <= self.sequence_length:
-                problem = f"{len(store.tokens)} tokens are no window of {self.sequence_length} + 1"
+            if store.token_count <= self.sequence_length:
+                problem = f"{store.token_count} tokens are no window of {self.sequence_length} + 1"
                 self._refuse(problem, "Shorten data.sequence_length or use a larger store")
             return ()
         pattern = tuple(int(mode) for mode in store.modes[: store.documents[1]])

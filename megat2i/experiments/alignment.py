@@ -210,6 +210,7 @@ class Providers:
             samples=train[0].samples,
             validation={"valid": batches(*held_out)},
             captions={str(d.store.prefix): (len(d), d.cut_captions, d.longest_row) for d in train[0].datasets},
+            stores=[dataset.store for dataset in datasets],
         )
 
 

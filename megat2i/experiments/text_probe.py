@@ -106,8 +106,8 @@ class TextModel:
     def perplexity(self, store: IndexedDataset, windows: int) -> float:
         """Of the first windows of a stream of text, over text ids alone: image codes take no probability from them."""
         total, count = 0.0, 0
-        for start in range(0, min(len(store.tokens) - 1, windows * self.length), self.length):
-            ids = torch.from_numpy(store.tokens[start : start + self.length + 1].astype("int64"))
+        for start in range(0, min(store.token_count - 1, windows * self.length), self.length):
+            ids = torch.from_numpy(store.read(start, min(self.length + 1, store.token_count - start)).astype("int64"))
             log_probabilities = self._logits(ids[None, :-1])[0].log_softmax(dim=-1)
             total -= log_probabilities.gather(1, ids[1:, None]).double().sum().item()
             count += len(ids) - 1

@@ -5,17 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+from manifest_file import as_older_format, change_manifest
 
 from megat2i.data.indexed import IndexedDataset
 from megat2i.data.manifest import BlockDigester, BlockDigests, Manifest, digest_file
 from megat2i.files import DataFileError
-
-
-def change_json(prefix, change) -> None:
-    path = Path(f"{prefix}.json")
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
 
 
 def flip(path: Path, at: int) -> bytes:
@@ -41,7 +35,9 @@ def test_reads_back_what_was_written(store_with_manifest, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda value: value.update(format_version=2), "format_version is 2, this release reads 1"),
+        (lambda value: value.update(format_version=3), "format_version is 3, this release reads 1 and 2"),
+        (lambda value: value.update(format_version=True), "format_version is True"),
+        (lambda value: value.update(format_version=1), r"fields \['sha256'\] of the top level"),
         (lambda value: value.pop("format_version"), "format_version is None"),
         (lambda value: value.pop("dtype"), r"fields \['dtype'\] of the top level"),
         (lambda value: value.update(extra=1), r"fields \['extra'\]"),
@@ -61,9 +57,54 @@ def test_reads_back_what_was_written(store_with_manifest, tmp_path):
 )
 def test_bad_manifest_is_refused_by_field(store_with_manifest, change, message):
     IndexedDataset(store_with_manifest)  # control
-    change_json(store_with_manifest, change)
+    change_manifest(store_with_manifest, change)
     with pytest.raises(DataFileError, match=rf"with\.manifest\.json: .*{message}"):
         IndexedDataset(store_with_manifest)
+
+
+MEANINGS = {
+    "crop": lambda value: value["image"].update(crop="random"),
+    "precision": lambda value: value["image"].update(encoder_precision="bfloat16"),
+    "grid": lambda value: value["image"].update(grid=[4, 2]),
+    "ids": lambda value: value["text"].update(max_id=200),
+    "codes": lambda value: value["image"].update(min_code=1),
+    "kind": lambda value: value["image"].update(kind="movqgan"),
+    "tokenizer": lambda value: value["text"].update(sha256="0" * 64),
+    "source": lambda value: value["sources"][0].update(name="elsewhere"),
+    "block": lambda value: value["bin_blocks"].update(block_bytes=2**20),
+    "digest": lambda value: value.update(sha256="0" * 64),
+    "no digest": lambda value: value.pop("sha256"),
+}
+
+
+@pytest.mark.parametrize("change", MEANINGS.values(), ids=MEANINGS)
+def test_what_the_ids_mean_cannot_change_unseen(store_with_manifest, change):
+    change_manifest(store_with_manifest, lambda value: None, sign=False)  # control: white space is no meaning
+    IndexedDataset(store_with_manifest)
+    change_manifest(store_with_manifest, change, sign=False)
+    with pytest.raises(DataFileError, match=r"with\.manifest\.json: its content is not what its own sha256"):
+        IndexedDataset(store_with_manifest)
+
+
+def test_no_changed_byte_gives_a_manifest_another_meaning(store_with_manifest):
+    path, expected = Path(f"{store_with_manifest}.json"), Manifest.read(store_with_manifest)
+    original = path.read_bytes()
+    for at in range(len(original)):
+        for bit in (1, 2, 16, 32):
+            path.write_bytes(original[:at] + bytes([original[at] ^ bit]) + original[at + 1 :])
+            try:
+                assert Manifest.read(store_with_manifest) == expected
+            except DataFileError:
+                continue
+    path.write_bytes(original)
+
+
+def test_a_manifest_without_a_digest_of_itself_still_opens(store_with_manifest):
+    expected = Manifest.read(store_with_manifest)
+    change_manifest(store_with_manifest, as_older_format)
+    assert IndexedDataset(store_with_manifest).manifest == expected
+    expected.write(store_with_manifest)  # as every tool that changes it does
+    assert "sha256" in json.loads(Path(f"{store_with_manifest}.json").read_text())
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000])

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from captioned_images import locked
+from manifest_file import change_manifest
 
 from megat2i.data.codebook_use import CodebookUse
 from megat2i.data.indexed import IndexedDataset, IndexedWriter
@@ -91,13 +92,6 @@ def test_more_stores_than_a_process_may_hold_open(tmp_path):
 
 
 # Datasets: stores with manifests, ledgers and reports
-
-
-def change_manifest(prefix, change) -> None:
-    path = Path(f"{prefix}.json")
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ def test_every_document_of_every_file(repository, corpus):
     assert done.returncode == 0 and "out/text: 31 documents" in done.stdout, done.stderr
     store, manifest = IndexedDataset(corpus / "out/text"), Manifest.read(corpus / "out/text")
     tokenizer = load_text_tokenizer(corpus / "out" / manifest.text.tokenizer)
-    assert tokenizer.decode(store.tokens.tolist()) == "".join(text + "\n" for text in (STORY, *NOTES))
+    ids = store.read(0, store.token_count).tolist()
+    assert tokenizer.decode(ids) == "".join(text + "\n" for text in (STORY, *NOTES))
     assert [(source.name.rpartition("/")[2], source.samples) for source in manifest.sources] == [
         ("story.txt", 1), ("notes.jsonl", 30)
     ]  # fmt: skip

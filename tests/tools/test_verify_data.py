@@ -194,9 +194,7 @@ def test_merging_by_the_command_line(start, dataset, tmp_path, tokenizers):
     status, lines, _ = start("merge_data.py", dataset, other, "--output-prefix", tmp_path / "c" / "all")
     assert status == 0 and "2 datasets, 10 captioned images" in lines[0] and "2 of 8 codes occur" in lines[1]
     assert start("verify_data.py", tmp_path / "c" / "all", dataset)[0] == 0
-    value = json.loads(Path(f"{other}.json").read_text())
-    value["image"]["crop"] = "pad"
-    Path(f"{other}.json").write_text(json.dumps(value))
+    change_manifest(other, image=dataclasses.replace(Manifest.read(other).image, crop="pad"))
     status, _, errors = start("merge_data.py", dataset, other, "--output-prefix", tmp_path / "d" / "all")
     assert status == 1 and "merge_data.py: error: " in errors and "image.crop is pad" in errors
     status, _, errors = start("merge_data.py", tmp_path, "--output-prefix", tmp_path / "d" / "all")
