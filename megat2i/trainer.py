@@ -23,6 +23,7 @@ from megat2i.optim.engine import Engine
 from megat2i.optim.schedule import learning_rate
 from megat2i.parallel.invariants import unequal_copy
 from megat2i.pipeline import Pipeline
+from megat2i.progress_marks import mark
 from megat2i.runtime import Backend
 from megat2i.topology import ParallelGroups
 
@@ -40,8 +41,10 @@ def train_step(
 
     Returns what was measured over the global batch, and the gradient norm before clipping; the same on all ranks.
     """
+    mark("forward and backward")
     counts = _summed(count_tokens([b.modality for b in batches]), groups.data)  # the only normaliser there is
     sums = pipeline.run_schedule(batches, loss, counts, engine.loss_scale)
+    mark("optimizer step")
     grad_norm = engine.step(lr)
     return StepMetrics(*_summed(sums, groups.data, groups.pipeline), counts, loss.weights), grad_norm
 
@@ -125,6 +128,7 @@ def _train(run: Run, steps: range, log: MetricsLog | None, console: Console | No
     for step in steps:
         started = time.perf_counter()
         lr = learning_rate(step - 1, run.config.optimizer, training)
+        mark("reading data", step)
         batches = run.data.micro_batches(step - 1)
         metrics, grad_norm = train_step(run.pipeline, run.engine, batches, run.loss, run.groups, lr)
         seconds = time.perf_counter() - started
@@ -152,21 +156,25 @@ def _after_step(run: Run, step: int, last: bool, log: MetricsLog | None, console
     def due(every: int) -> bool:
         return step == training.steps or (every > 0 and step % every == 0)
 
-    say_doing = console.doing if console else lambda what: None
+    def begin(phase: str) -> None:
+        mark(phase)
+        if console:
+            console.doing(phase)
+
     for split, batches in run.data.validation.items() if due(training.evaluate_every) else ():
-        say_doing("measuring the held-out loss")
+        begin("measuring the held-out loss")
         metrics = evaluate(run.pipeline, batches, run.loss, run.groups)
         if log:
             entry = {"step": step, "split": split, **metrics.as_dict()}
             log.write(entry)
             console.held_out(entry)
     if run.draw and due(training.sample_every):
-        say_doing("drawing samples")
+        begin("drawing samples")
         images = run.draw()
         if log:
             log.images(step, images, run.config.sampling.prompts)
     if last or due(training.checkpoint_every):
-        say_doing("writing a checkpoint")
+        begin("writing a checkpoint")
         if run.config.runtime.self_test:
             require_equal_copies(run)  # nothing wrong gets into a checkpoint
         if log:

@@ -19,6 +19,7 @@ from megat2i.files import PendingFile
 from megat2i.files import commit as commit_files
 from megat2i.optim.engine import Fragment
 from megat2i.parallel.shard import Box
+from megat2i.progress_marks import beat
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -79,6 +80,7 @@ def read_parts(folder: Path, parts: list[dict]) -> Iterator[tuple[dict, Tensor]]
         try:
             with safe_open(path, framework="pt") as file:
                 for part in group:
+                    beat()
                     values = file.get_tensor(part["key"])
                     if digest(values) != part["sha256"]:
                         raise CheckpointError(
