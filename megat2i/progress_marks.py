@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megat2i import watchdog
 from megat2i.config import ConfigError
-from megat2i.watchdog import DUMP_SIGNAL, END_AT, MARK, NUMBER, PHASES, RECORD_BYTES, TICKS_AT, look_interval
+from megat2i.watchdog import DUMP_SIGNAL, HOLD, MARK, NUMBER, ORDER_AT, PHASES, RECORD_BYTES, TICKS_AT, look_interval
 
 NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
 
@@ -44,14 +44,16 @@ class _Marks:
         self.set(NUMBERS[phase] if step or phase in watchdog.START else self._phase, step)
 
     def tick(self, interval: float) -> None:
-        """Count the seconds until the watchdog asks the process to end."""
+        """Show that the process runs, and do what the watchdog orders."""
         ticks, never = 0, threading.Event()
         while not never.wait(interval):
             ticks += 1
             NUMBER.pack_into(self._memory, TICKS_AT, ticks)
-            (code,) = NUMBER.unpack_from(self._memory, END_AT)
-            if code:
-                os._exit(code)  # the main thread may never return
+            (order,) = NUMBER.unpack_from(self._memory, ORDER_AT)
+            if order == HOLD:
+                sys.excepthook = lambda kind, error, traceback: never.wait()
+            elif order:
+                os._exit(order)  # the main thread may never return
 
 
 _marks: _Marks | None = None

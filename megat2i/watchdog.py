@@ -45,9 +45,11 @@ PHASES = START + STEP  # in the order in which every rank goes through them
 # In these a single call may move gigabytes: there the bytes that a process reads and writes are progress too.
 MOVES_FILES = ("checking the checkpoints", "making the model", "loading the checkpoint", "writing a checkpoint")
 
-# The memory that a rank shares with its watchdog: marks so far, step, phase; ticks of a thread; exit code to end with.
+# The memory that a rank shares with its watchdog: marks so far, step, phase; ticks of a thread; an order to the rank,
+# which is HOLD or the exit code to end with.
 MARK, NUMBER = struct.Struct("<QQQ"), struct.Struct("<Q")
-TICKS_AT, END_AT, RECORD_BYTES = 24, 32, 40
+TICKS_AT, ORDER_AT, RECORD_BYTES = 24, 32, 40
+HOLD = 1  # an error that meets the main thread from now on comes from ranks that were ended, and is no news
 
 LONGEST_LOOK = 2.0  # seconds that count between two looks: while this process was stopped too, its rank may have been
 DUMP_TIME = 1.0  # seconds for a rank to write its stacks
@@ -175,9 +177,13 @@ class Rank:
                 break
         return main_stack(os.pread(stacks, size - before, before).decode(errors="replace"), self.settings.main_thread)
 
+    def hold(self) -> None:
+        """Keep the rank from ending by itself when others do."""
+        NUMBER.pack_into(self._record, ORDER_AT, HOLD)
+
     def end(self) -> None:
         """Let the rank end with EXIT_CODE; kill it where it cannot."""
-        NUMBER.pack_into(self._record, END_AT, EXIT_CODE)
+        NUMBER.pack_into(self._record, ORDER_AT, EXIT_CODE)
         if not self.ended(GRACE):
             self._signal(signal.SIGKILL)
 
@@ -316,6 +322,7 @@ class Watch:
     def _conclude(self, answer: Answer) -> None:
         """All ranks stand still: one watchdog says who is at fault, and every one ends its rank."""
         self.concluding = True
+        self.rank.hold()
         try:
             self.verdict.touch(exist_ok=False)
             speaks = True
@@ -323,7 +330,9 @@ class Watch:
             speaks = False
         if answer.state == "T":  # its stack is had by letting it go on, and then the others go on too
             self._wait(lambda: all(other.stack is not None or other.state == "T" for other in self._answers().values()))
-        self._write(replace(answer, stack=self.rank.stack(answer.state)))
+        stack = self.rank.stack(answer.state)
+        time.sleep(2 * look_interval(self.settings.limit))  # until the rank holds, before any other is ended
+        self._write(replace(answer, stack=stack))
         if speaks:
             self._wait(lambda: all(other.stack is not None for other in self._answers().values()))
             lines = report(list(self._answers().values()), self.settings)
@@ -334,7 +343,7 @@ class Watch:
             self._end(self.verdict.read_text().partition("\n")[0])
 
     def _wait(self, condition: Callable[[], bool], rounds: int = 1) -> None:
-        deadline = time.monotonic() + rounds * max(self.settings.limit / 8, DUMP_TIME)
+        deadline = time.monotonic() + rounds * max(self.settings.limit / 8, 2 * DUMP_TIME)
         while not condition() and time.monotonic() < deadline:
             time.sleep(0.05)
 
