@@ -251,7 +251,7 @@ class Watch:
     def conclude_alone(self) -> None:
         """Name this rank where it stands still and the folder does not answer."""
         answer = self.rank.look()
-        if answer.stalled:
+        if answer.stalled and self._summary is None:
             self.concluding = True
             answer = replace(answer, stack=self.rank.stack(answer.state))
             self._say([f"watchdog: {self.folder} does not answer, so nothing is known of the other ranks"])
@@ -269,6 +269,7 @@ class Watch:
         try:
             result = action()
         except OSError:
+            self.concluding = False
             return None
         self.asking = None
         return result
@@ -391,7 +392,10 @@ def blame(answers: list[Answer], world_size: int) -> tuple[list[Answer], str]:
     absent = sorted(set(range(world_size)) - {answer.rank for answer in answers}) if world_size > 1 else []
     if absent:
         joining = any(answer.phase in START[:2] for answer in answers)
-        return [], f"{ranks_in_words(absent)} does not answer: {'it never started' if joining else 'it has ended'}"
+        one = len(absent) == 1
+        answer, subject = ("does not answer", "it") if one else ("do not answer", "they")
+        why = "never started" if joining else "has ended" if one else "have ended"
+        return [], f"{ranks_in_words(absent)} {answer}: {subject} {why}"
     blamed = at_fault(answers)
     if not blamed:
         return [], f"all {len(answers)} ranks stand still, and none stands out"
@@ -446,7 +450,8 @@ def main() -> None:
     thread, blocked = threading.Thread(target=watch.run, daemon=True), Unchanged()
     thread.start()
     while not watch.rank.ended(look_interval(watch.settings.limit)):
-        if blocked.look(watch.asking or object()) >= watch.settings.limit / 2 and not watch.concluding:
+        patience = max(watch.settings.limit, LAST_WORD) if watch.concluding else watch.settings.limit / 2
+        if blocked.look(watch.asking or object()) >= patience:
             watch.conclude_alone()
     if watch.concluding:  # perhaps the rank of a watchdog that was quicker to end its own took this one along
         thread.join(LAST_WORD)
