@@ -232,6 +232,7 @@ class Watch:
         self.verdict = self.folder / "verdict.txt"
         self.concluding = False
         self.asking: object | None = None  # the same from the first failed or unfinished use of the folder on
+        self._answered = False
         self._lacking = Unchanged()
         self._summary: str | None = None
 
@@ -262,6 +263,13 @@ class Watch:
         if self._summary and self.settings.local_rank == 0 and self.settings.launcher_fd is not None:
             has_ended(self.settings.launcher_fd, LAST_WORD)
             self._say([self._summary])
+
+    def withdraw(self) -> None:
+        """Remove the answer, if there is one."""
+        if self._answered:
+            self._file(self.settings.rank).unlink(missing_ok=True)
+            self._remove_folders()
+        self._answered = False
 
     def _ask(self, action: Callable[[], bool | None]) -> bool | None:
         """Do something in the folder; the main thread sees for how long that fails or takes."""
@@ -300,8 +308,7 @@ class Watch:
         answers = self._answers()
         stalled = [other.stalled for other in answers.values()]
         if not any(stalled):
-            self._file(self.settings.rank).unlink(missing_ok=True)
-            self._remove_folders()
+            self.withdraw()
         # Those that do not answer may be late, or gone.
         lacking = self._lacking.look(tuple(answers) if all(stalled) else object())
         if all(stalled) and (len(answers) == self.settings.world_size or lacking >= self.settings.limit / 2):
@@ -309,6 +316,7 @@ class Watch:
 
     def _write(self, answer: Answer) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._answered = True
         write(self._file(answer.rank), json.dumps(asdict(answer)))
 
     def _answers(self) -> dict[int, Answer]:
@@ -455,6 +463,9 @@ def main() -> None:
             watch.conclude_alone()
     if watch.concluding:  # perhaps the rank of a watchdog that was quicker to end its own took this one along
         thread.join(LAST_WORD)
+    else:
+        with suppress(OSError):
+            watch.withdraw()
     watch.last_word()
     os._exit(0)  # not waiting for a thread in a file system that hangs
 
