@@ -140,6 +140,7 @@ class RuntimeConfig:
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "auto"  # float32 | bfloat16, of weights and activations; auto: bfloat16 where it is fast
     self_test: bool = True  # with more than one rank: prove this launch on a tiny model before training
+    watchdog_s: float = 300.0  # seconds without progress of any rank after which the run ends; 0: never
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ EXECUTION_FIELDS = {
     },
     "optimizer": {"engine", "reduce_dtype"},
     "parallel": {f.name for f in dataclasses.fields(ParallelConfig)},
-    "runtime": {"device", "self_test"},
+    "runtime": {"device", "self_test", "watchdog_s"},
     "sampling": {f.name for f in dataclasses.fields(SamplingConfig)},
 }
 

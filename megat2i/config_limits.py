@@ -66,6 +66,7 @@ LIMITS = (
     ("parallel.tensor", 1, None),
     ("parallel.pipeline", 1, None),
     ("parallel.virtual_stages", 1, None),
+    ("runtime.watchdog_s", 0.0, None),
     ("sampling.temperature", 1e-6, 1e6),
     ("sampling.top_k", 0, None),
     ("sampling.top_p", 1e-6, 1.0),

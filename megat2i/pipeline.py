@@ -31,6 +31,7 @@ from megat2i.pipeline_order import (
     evaluation_order,
     training_order,
 )
+from megat2i.progress_marks import beat
 from megat2i.topology import ParallelGroups
 
 
@@ -81,6 +82,7 @@ class Pipeline:
     @torch.no_grad()
     def next_logits(self, tokens: Tensor, cache: Cache, columns: slice) -> Tensor:
         """As ``GPT.next_logits``, on every rank of one copy of the model, which all must call it."""
+        beat()
         if self.groups.pipeline_size == 1:
             return self.model.next_logits(tokens, cache, columns)
         stages = self.groups.pipeline_size * len(self.stages)
@@ -147,6 +149,7 @@ class _Step:
         }
         for kind, stage, micro_batch in order:
             perform[kind](stage, micro_batch)
+            beat()
             self.peak_in_flight = max(self.peak_in_flight, len(self.held) + len(self.deferred))
         for work, _ in self.sending.values():
             work.wait()

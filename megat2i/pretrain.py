@@ -26,6 +26,7 @@ from megat2i.optim.engine import Engine
 from megat2i.optim.torch_engine import TorchEngine
 from megat2i.pipeline import Pipeline
 from megat2i.progress import count, say, waiting
+from megat2i.progress_marks import mark, start_watchdog
 from megat2i.runtime import Backend
 from megat2i.self_test import require_same_launch, self_test
 from megat2i.spikes import Spikes
@@ -54,12 +55,15 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
     run_folder.check(run_dir, settings, resume)
     if settings.model.pretrained and not checkpoint.committed(run_dir / "checkpoints"):
         pretrained.require_fit(settings)
+    if backend.world_size > 1 and settings.runtime.watchdog_s:
+        start_watchdog(run_dir, settings.runtime.watchdog_s, *backend.place)
     backend.start(settings.model.seed)
     groups = ParallelGroups.create(settings.parallel)
     if settings.runtime.self_test and backend.world_size > 1:
         require_same_launch(settings, run_folder.data_identity(settings))
         self_test(settings, backend, groups, _engine)
     provide_model, provide_data, provide_loss = providers
+    mark("opening the data")
     data = _provided(lambda: provide_data(settings, backend, groups))
     run_folder.make(run_dir)  # nothing of a run that is refused up to here
     leader = backend.rank == 0
@@ -74,6 +78,7 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
     verification = _verification(data, run_dir, first_step, backend)
     # a checkpoint replaces every weight: the pre-trained model need not be there any more
     begin = _without_pretrained(settings) if found else settings
+    mark("making the model")
     with waiting(f"loading {found.path}" if found else "making the model", leader):
         model = provide_model(begin, backend, part_of(settings, groups))
         freezing.freeze(model, settings.training.trainable)
@@ -100,6 +105,7 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
     for line in verification.summary() if leader else ():
         say(line)
     # Not after an error: other ranks may wait in a collective, and NCCL would wait for them before the error shows.
+    mark("ending")
     dist.destroy_process_group()
     return settings
 

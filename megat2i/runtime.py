@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megat2i.config import Config, ConfigError
+from megat2i.progress_marks import mark
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -96,12 +97,18 @@ class Backend:
             # Subnormal numbers are many times slower on CPUs, and GPUs flush them too.
             torch.set_flush_denormal(True)
             _keep_freed_memory()
+        mark("joining the other ranks")
         if self.launcher == "none":
             dist.init_process_group(self.communication, store=dist.HashStore(), rank=0, world_size=1)
             atexit.register(_leave_group)
         else:
             self._join_group()
             dist.barrier()  # no rank writes to the run folder before all have checked it
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Rank, rank on this machine, and number of ranks."""
+        return self.rank, self.local_rank, self.world_size
 
     @property
     def dtype_name(self) -> str:

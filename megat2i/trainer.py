@@ -29,6 +29,7 @@ from megat2i.optim.schedule import learning_rate
 from megat2i.parallel.invariants import unequal_copy
 from megat2i.pipeline import Pipeline
 from megat2i.progress import say
+from megat2i.progress_marks import mark
 from megat2i.runtime import Backend
 from megat2i.spikes import REWINDS, Spikes
 from megat2i.topology import ParallelGroups
@@ -56,8 +57,10 @@ def train_step(
     Returns what was measured over the global batch, and the gradient norm before clipping; the same on all ranks.
     Raises on all ranks where one has a ``problem`` with its data.
     """
+    mark("forward and backward")
     counts = _global_counts(batches, groups, problem)  # the only normaliser there is
     sums = pipeline.run_schedule(batches, loss, counts, engine.loss_scale)
+    mark("optimizer step")
     metrics = StepMetrics(*_summed(sums, groups.data, groups.pipeline), counts, loss.weights)
     return metrics, engine.step(lr, partial(accept, metrics.loss) if accept else None)
 
@@ -167,6 +170,7 @@ def _train(run: Run, steps: range, log: MetricsLog | None, console: Console | No
     while step < steps.stop:
         started = time.perf_counter()
         lr = learning_rate(step - 1, run.config.optimizer, training)
+        mark("reading data", step)
         number, updates = run.spikes.batch(step), run.engine.updates
         batches, problem = _read(run, number)
         metrics, grad_norm = train_step(run.pipeline, run.engine, batches, run.loss, run.groups, lr, accept, problem)
@@ -249,21 +253,25 @@ def _after_step(run: Run, step: int, last: bool, log: MetricsLog | None, console
     def due(every: int) -> bool:
         return step == training.steps or (every > 0 and step % every == 0)
 
-    say_doing = console.doing if console else lambda what: None
+    def begin(phase: str) -> None:
+        mark(phase)
+        if console:
+            console.doing(phase)
+
     for split, batches in run.data.validation.items() if due(training.evaluate_every) else ():
-        say_doing("measuring the held-out loss")
+        begin("measuring the held-out loss")
         metrics = evaluate(run.pipeline, batches, run.loss, run.groups)
         if log:
             entry = {"step": step, "split": split, **metrics.as_dict()}
             log.write(entry)
             console.held_out(entry)
     if run.draw and due(training.sample_every):
-        say_doing("drawing samples")
+        begin("drawing samples")
         images = run.draw()
         if log:
             log.images(step, images, run.config.sampling.prompts)
     if last or due(training.checkpoint_every):
-        say_doing("writing a checkpoint")
+        begin("writing a checkpoint")
         require_sound_state(run, step)  # nothing wrong gets into a checkpoint
         if log:
             log.sync()  # a power cut must not leave a checkpoint that is ahead of the record

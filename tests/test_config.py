@@ -251,6 +251,7 @@ def test_what_may_change_on_a_resume():
         "optimizer.reduce_dtype",
         "runtime.device",
         "runtime.self_test",
+        "runtime.watchdog_s",
         *(f"parallel.{name}" for name in ("tensor", "pipeline", "sequence", "schedule", "virtual_stages", "recompute")),
         *(f"training.{name}" for name in ("stop_at", "micro_batch_size", "keep_checkpoints", "keep_every")),
         "training.on_spike",

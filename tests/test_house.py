@@ -19,6 +19,8 @@ FLOORS = (
         "files",
         "interrupt",
         "progress",
+        "progress_marks",
+        "watchdog",
         "vocab",
         "runtime",
         "spikes",

@@ -21,6 +21,7 @@ from megat2i.files import step_of
 from megat2i.optim.engine import Fragment
 from megat2i.optim.finite import KIND_NAMES, row_not_finite
 from megat2i.parallel.shard import Box
+from megat2i.progress_marks import beat
 
 PART_ELEMENTS = 1 << 24  # 64 MiB: the most that a reader holds at a time, and reads for the sake of a few elements
 LENGTH_BYTES = 8  # a safetensors file begins with the length of its JSON header, little-endian
@@ -77,6 +78,7 @@ def read_parts(checkpoint: Checkpoint, parts: list[dict]) -> Iterator[tuple[dict
             _verify_header(path, checkpoint.manifest)
             with safe_open(path, framework="pt") as file:
                 for part in group:
+                    beat()
                     yield part, _read_part(path, file, part)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot read {part['key'] if part else 'its header'}: {error}") from error

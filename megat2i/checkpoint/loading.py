@@ -27,6 +27,7 @@ from megat2i.checkpoint.folder import (
 )
 from megat2i.optim.engine import WEIGHT, Engine, Fragment
 from megat2i.parallel.shard import Box, Shard
+from megat2i.progress_marks import mark
 
 
 def latest(
@@ -37,6 +38,7 @@ def latest(
     ``before``: only those of earlier steps; ``passing``: without so many of the newest of them, where there are others.
     Collective; each rank hashes its share of the parts.
     """
+    mark("checking the checkpoints")
     steps = [step_number(path) for path in committed(folder)] if dist.get_rank() == 0 else []
     steps = [step for step in steps if before is None or step < before]
     for step in from_first_rank(steps[min(passing, max(len(steps) - 1, 0)) :]):
@@ -71,6 +73,7 @@ def load_engine(checkpoint: Checkpoint, engine: Engine) -> None:
     Raises CheckpointError, before anything is changed, where the checkpoint lacks state of this model or holds state
     that no rank has a place for; and where a part turns out to be damaged.
     """
+    mark("loading the checkpoint")
     saved = sorted({(part["kind"], part["name"]) for part in checkpoint.manifest["parts"]})
     held = {(fragment.kind, fragment.name) for fragment in engine.fragments()}
     known = any_rank([state in held for state in saved])  # a pipeline stage knows its own layers only
