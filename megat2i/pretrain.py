@@ -77,7 +77,7 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
     if leader:
         environment = _environment(begin, backend, groups, model)
         environment["resumed_from"] = str(found.path) if found else None
-        run_folder.write(run_dir, settings, backend.engine, environment)
+        run_folder.write(run_dir, settings, backend.engine, environment, resume)
     run_folder.require_shared(run_dir)
     report(f"{backend.describe()} layout={groups.layout()} {model.ops.description}")
     _describe(settings, backend, data, report)
