@@ -82,7 +82,7 @@ def write(run_dir: Path, settings: Config, engine: str, environment: dict, resum
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("megat2i", "torch", "deepspeed", "triton", "numpy")},
-        "changed_settings": changed_keys(_recorded_settings(run_dir), resolved),
+        "changed_settings": changed_keys(_recorded_settings(run_dir), resolved) if resume else {},
         "earlier": _earlier_launches(run_dir / ENVIRONMENT),
     }
     write_file(run_dir / ENVIRONMENT, (json.dumps(environment, indent=1) + "\n").encode())
@@ -143,14 +143,6 @@ def _remove_leftovers(run_dir: Path) -> None:
     for pattern in (*patterns, "tokenizers/*/*.tmp"):
         for path in run_dir.glob(pattern):
             path.unlink()
-
-
-def make(run_dir: Path) -> None:
-    """Make the folder of a run; raises RunError on every rank that cannot."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{run_dir} cannot be made ({error.strerror}): choose another run.dir") from error
 
 
 def require_shared(run_dir: Path) -> None:
