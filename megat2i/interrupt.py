@@ -64,6 +64,8 @@ def _wait(
             text = sentence() if number else f"the launcher has ended; {sentence()}"
             tqdm.get_lock().acquire()  # for good: the bar must not be drawn again
             print(_new_line() + text, file=sys.stderr, flush=True)
+        if not number:  # a rank that has not seen the launcher's end yet would report this one's with a traceback
+            time.sleep(2 * LOOK_EVERY)
     finally:
         os._exit(128 + number if number else ORPHANED)  # also where the sentence fails: nothing else listens
 

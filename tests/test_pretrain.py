@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import RankError, run_ranks
+from launched import free_port, wait_for_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megat2i import config
@@ -46,11 +47,7 @@ LAUNCHER = ("deepspeed", "--num_accelerators", "2", "--master_port")
 @pytest.fixture
 def launcher():
     """DeepSpeed's launcher with two ranks on a free port."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return (*LAUNCHER, str(probe.getsockname()[1]))
+    return (*LAUNCHER, str(free_port()))
 
 
 @pytest.fixture
@@ -171,16 +168,6 @@ def test_two_ranks_under_deepspeeds_launcher(started, launcher, unbroken, tmp_pa
         assert entry["loss"] == pytest.approx(other["loss"], rel=1e-3)
     for key in ("loss", "loss/text", "loss/image", "loss/special", "grad_norm"):
         assert found[0][key] == pytest.approx(expected[0][key], rel=1e-5)
-
-
-def wait_for_step(run_dir: Path, step: int, process) -> None:
-    deadline = time.monotonic() + 100
-    while time.monotonic() < deadline and process.poll() is None:
-        if (run_dir / "metrics.jsonl").exists() and f'"step": {step},' in (run_dir / "metrics.jsonl").read_text():
-            return
-        time.sleep(0.005)
-    output, errors = process.communicate()
-    pytest.fail(f"step {step} was not reached while the run was alive:\n{output}{errors}")
 
 
 LONG = ("training.steps=60", "training.checkpoint_every=4", "training.evaluate_every=10")
