@@ -17,7 +17,7 @@ def alone(action) -> None:
     action()
 
 
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_a_kill_at_any_point_of_a_save_loses_nothing(tmp_path, background):
     begun, folder = tmp_path / "begun", tmp_path / "checkpoints"
     assert exit_code(partial(alone, partial(save_steps, begun, 1, 2, 3))) == 0

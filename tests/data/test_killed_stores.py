@@ -96,7 +96,7 @@ def test_at_most_one_writes_a_prefix(tmp_path):
     """Four processes take the lock and give it back as fast as they can; each failure to be alone counts."""
 
     def contend(name: str) -> None:
-        counts, end = collections.Counter(), time.monotonic() + 1.5
+        counts, end = collections.Counter(), time.monotonic() + 0.8
         while time.monotonic() < end:
             try:
                 with only_writer(tmp_path / "x", overwrite=True) as folder:
@@ -127,5 +127,5 @@ def test_at_most_one_writes_a_prefix(tmp_path):
     total = collections.Counter()
     for number in range(4):
         total.update(json.loads((tmp_path / f"counts{number}").read_text()))
-    assert total["two inside"] == 0 == total["without a folder"] and total["alone"] > 20, total
+    assert total["two inside"] == 0 == total["without a folder"] and total["alone"] > 10, total
     assert [path.name for path in tmp_path.glob("x*")] == []
