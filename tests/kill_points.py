@@ -1,6 +1,7 @@
 """Kills a forked process at each of its file operations in turn, as a power cut or ``kill -9`` may."""
 
 import gc
+import itertools
 import os
 import signal
 import sys
@@ -20,14 +21,12 @@ EVENTS = {
 }
 
 
-def kill_points(folder: Path, prepare: Callable[[], None], write: Callable[[], None]) -> Iterator[int]:
-    """Yields after each kill of ``write``, 1, 2, ... until it gets through; ``prepare`` comes before each.
+def kill_points(folder: Path, prepare: Callable[[], None], write: Callable[[], None], stride: int = 1) -> Iterator[int]:
+    """Yields after each kill of ``write``, 1, 1 + ``stride``, ... until it gets through; ``prepare`` comes before each.
 
     Operations on what lies below ``folder`` count, and every fsync twice: before and after it.
     """
-    number = 0
-    while True:
-        number += 1
+    for number in itertools.count(1, stride):
         prepare()
 
         def killed(number=number) -> None:

@@ -48,11 +48,11 @@ def launch(run_config, tmp_path, monkeypatch):
     return write
 
 
-def test_a_first_launch_starts_again_with_the_same_command_and_goes_on_with_resume(launch, tmp_path):
+def test_a_first_launch_starts_again_with_the_same_command_and_goes_on_with_resume(launch, tmp_path, stride):
     run = tmp_path / "run"
     launch(resume=False)
     expected, resumable = contents(run), 0
-    for _ in kill_points(run, renew(run), lambda: launch(resume=False)):
+    for _ in kill_points(run, renew(run), lambda: launch(resume=False), stride):
         if (run / "config.yaml").exists():
             resumable += 1
             renew(tmp_path / "copy", run)()
@@ -65,7 +65,7 @@ def test_a_first_launch_starts_again_with_the_same_command_and_goes_on_with_resu
         launch(resume=False)
         assert contents(run).keys() == expected.keys()
         assert all(contents(run)[name] == expected[name] for name in expected if name != "environment.json")
-    assert resumable >= 5
+    assert resumable >= 2
 
 
 def test_a_resumed_launch_can_be_resumed_and_touches_neither_settings_nor_tokenizers(launch, tmp_path):

@@ -257,7 +257,7 @@ def test_stopping_and_resuming_under_another_engine(started, unbroken, tmp_path)
     assert [entry["loss"] for entry in found] == pytest.approx([entry["loss"] for entry in expected], rel=1e-4)
 
 
-def test_a_run_folder_in_use_is_refused(started, unbroken):
+def test_a_run_folder_with_a_run_is_refused(started, unbroken):
     before = (unbroken / "metrics.jsonl").read_bytes()
     assert "--resume" in refusal(started(unbroken))
     assert (unbroken / "metrics.jsonl").read_bytes() == before

@@ -55,11 +55,11 @@ def renew(folder, template=None) -> None:
         folder.mkdir()
 
 
-def test_a_store_is_whole_after_the_same_command(parts, encoding, stores, tmp_path):
+def test_a_store_is_whole_after_the_same_command(parts, encoding, stores, tmp_path, stride):
     """Index, tokens, ledger, use of the codebook and manifest, through the task of an array."""
     folder = tmp_path / "out"
     write = partial(write_share, parts[:1], folder / "x", encoding, 1, 0, 1)
-    for number in kill_points(folder, partial(renew, folder), write):
+    for number in kill_points(folder, partial(renew, folder), write, stride):
         prefix = folder / "x.shards" / "000000"
         if Manifest.read(prefix):  # it is written last and vouches for the rest
             Manifest.read(prefix).verify(prefix)
@@ -71,7 +71,7 @@ def test_a_store_is_whole_after_the_same_command(parts, encoding, stores, tmp_pa
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_merged_dataset_is_whole_after_the_same_command(stores, tmp_path, replaced):
+def test_a_merged_dataset_is_whole_after_the_same_command(stores, tmp_path, replaced, stride):
     begun, folder = tmp_path / "begun", tmp_path / "out"
     begun.mkdir()
     if replaced:
@@ -79,7 +79,7 @@ def test_a_merged_dataset_is_whole_after_the_same_command(stores, tmp_path, repl
     merge_datasets(stores, tmp_path / "expected", False)
     expected = tokens_of(tmp_path / "expected")
     merge = partial(merge_datasets, stores, folder / "x", replaced)
-    for number in kill_points(folder, partial(renew, folder, begun), merge):
+    for number in kill_points(folder, partial(renew, folder, begun), merge, stride):
         complete = not replaced and Manifest.read(folder / "x") is not None
         if complete:
             with pytest.raises(DataFileError, match="there is a complete dataset"):
