@@ -147,7 +147,7 @@ def take(run_dir: Path, check: Callable[[], None]) -> RunLock:
 
 def require_free(run_dir: Path) -> None:
     """Raises RunError where the launch that holds the lock of ``run_dir`` lives for certain. Only reads."""
-    with suppress(FileNotFoundError):  # released or taken while it was looked at: ``take`` looks again
+    with suppress(OSError):  # released while it was looked at, or no folder: ``take`` looks again, and says so
         _, path = _last(run_dir / FOLDER)
         if path is not None:
             _is_dead(run_dir, path)

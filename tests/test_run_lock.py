@@ -113,6 +113,13 @@ def test_what_the_check_finds_is_told_to_all_ranks_and_the_lock_is_given_back(tm
     assert run_ranks(2, attempt, tmp_path / "run") == ["", ""]
 
 
+def test_what_cannot_be_a_run_folder_is_one_sentence_on_all_ranks(tmp_path):
+    (tmp_path / "run").touch()
+    run_lock.require_free(tmp_path / "run")
+    told = run_ranks(2, attempt, tmp_path / "run")
+    assert told == [f"{tmp_path / 'run'} cannot be made or written (Not a directory): choose another run.dir"] * 2
+
+
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """Function that gives the run folder ``tmp_path`` / "run" an owner that differs from this process in some fields.
