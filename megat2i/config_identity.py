@@ -30,12 +30,25 @@ EXECUTION_FIELDS = {
 def changed_identity(before: Config, after: Config) -> list[str]:
     """Keys that differ and decide what the run computes, as ``section.key: before -> after``."""
     changes = []
+    for key, (old, new) in _differences(before, after).items():
+        section, name = key.split(".")
+        if name not in EXECUTION_FIELDS.get(section, ()):
+            changes.append(f"{key}: {old} -> {new}")
+    return changes
+
+
+def changed_keys(before: Config, after: Config) -> dict:
+    """The values in ``after`` of all keys ``section.key`` that differ."""
+    return {key: new for key, (_, new) in _differences(before, after).items()}
+
+
+def _differences(before: Config, after: Config) -> dict[str, tuple]:
+    """``section.key``: (value before, value after) of all keys that differ."""
+    differences = {}
     for section in dataclasses.fields(Config):
         old, new = getattr(before, section.name), getattr(after, section.name)
         for item in dataclasses.fields(old):
-            if item.name in EXECUTION_FIELDS.get(section.name, ()):
-                continue
-            if getattr(old, item.name) != getattr(new, item.name):
-                key = f"{section.name}.{item.name}"
-                changes.append(f"{key}: {getattr(old, item.name)} -> {getattr(new, item.name)}")
-    return changes
+            values = getattr(old, item.name), getattr(new, item.name)
+            if values[0] != values[1]:
+                differences[f"{section.name}.{item.name}"] = values
+    return differences

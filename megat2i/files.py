@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 
 class DataFileError(ValueError):
@@ -118,19 +119,42 @@ def commit(files: Sequence[PendingFile], outdated: Sequence[Path] = ()) -> None:
 
 @contextmanager
 def only_run(folder: Path, first: int = 0, number: int = 0) -> Iterator[None]:
-    """Hold the lock of ``number`` parts (0: all) of a folder from ``first`` on.
+    """Make ``folder`` and hold the lock of ``number`` of its parts (0: all) from ``first`` on.
 
-    The system frees it when the process ends, however it ends, also on another machine.
+    The system frees it when the process ends, however it ends, also on another machine. Who holds all of it may remove
+    the file ``lock``, and the folder afterwards.
     """
-    with open(folder / "lock", "w") as file:
+    while True:
+        with suppress(FileExistsError):  # said also where the folder was removed meanwhile
+            folder.mkdir(parents=True, exist_ok=True)
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, number, first)  # a byte for each part
-        except (BlockingIOError, PermissionError) as error:
-            raise DataFileError(folder, "another run is writing this dataset", "Wait for it, or stop it") from error
-        except OSError as error:
-            problem = f"its file system has no locks ({error.strerror})"
-            raise DataFileError(folder, problem, "Mount it with them, or write to another one") from error
-        yield
+            file = open(folder / "lock", "w")  # noqa: SIM115 (closed below)
+        except FileNotFoundError:  # the run before has removed the folder meanwhile
+            continue
+        with file:
+            _acquire(file, folder, first, number)
+            # The run before may have removed the file between the two steps: its lock then keeps nobody out.
+            if _is_file(file, folder / "lock"):
+                yield
+                return
+
+
+def _acquire(file: IO, folder: Path, first: int, number: int) -> None:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, number, first)  # a byte for each part
+    except (BlockingIOError, PermissionError) as error:
+        raise DataFileError(folder, "another run is writing this dataset", "Wait for it, or stop it") from error
+    except OSError as error:
+        problem = f"its file system has no locks ({error.strerror})"
+        raise DataFileError(folder, problem, "Mount it with them, or write to another one") from error
+
+
+def _is_file(file: IO, path: Path) -> bool:
+    """Whether the open ``file`` is the one that has the name ``path`` now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -162,8 +186,11 @@ def pending_folder(path: Path) -> Iterator[Path]:
 def write_file(path: Path, content: bytes) -> None:
     """Write one file, which has its name only once it is complete and on the disk."""
     file = PendingFile(path)
-    file.write(content)
-    commit([file])
+    try:
+        file.write(content)
+        commit([file])
+    finally:
+        file.discard()
 
 
 def read_json_object(path: Path, remedy: str) -> dict:

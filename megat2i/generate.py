@@ -241,7 +241,7 @@ def draw(logits: Tensor, noise: Tensor, sampling: SamplingConfig) -> Tensor:
 
 def only_file(folder: Path) -> Path:
     """The run's tokenizer in a folder for one; raises ConfigError."""
-    files = sorted(path for path in folder.glob("*") if path.is_file())
+    files = sorted(path for path in folder.glob("*") if path.is_file() and path.suffix != ".tmp")  # a killed writer's
     if len(files) != 1:
         raise ConfigError(f"{folder}: expected the run's one tokenizer file, found {len(files)}")
     return files[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from megat2i import drawn
-from megat2i.files import PendingFile, commit
+from megat2i.files import write_file
 from megat2i.vocab import MODALITIES
 
 # Dense bfloat16 peak in FLOP/s by the vendor's data sheets, matched on the device's name.
@@ -98,16 +98,14 @@ class MetricsLog:
     def _keep_steps_up_to(self, step: int) -> None:
         """Drop what a stopped run logged after its last checkpoint: those steps are done again."""
         kept = []
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text(errors="replace").splitlines():
             try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # the line that was being written when the run was killed
-            if entry["step"] <= step:
+                number = json.loads(line)["step"]
+            except (ValueError, TypeError, KeyError):
+                continue  # the line that was being written when the run was killed, or one that the disk lost
+            if number <= step:
                 kept.append(line + "\n")
-        file = PendingFile(self.path)
-        file.write("".join(kept).encode())
-        commit([file])
+        write_file(self.path, "".join(kept).encode())
 
     def write(self, entry: dict) -> None:
         """Append one object; it needs ``step``. Numbers go to TensorBoard under the same key."""

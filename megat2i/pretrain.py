@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from megat2i import checkpoint, config_rules, run_folder
+from megat2i import checkpoint, config_rules, run_folder, run_lock
 from megat2i.config import Config
 from megat2i.data.sizes import require_stores, with_data_sizes
 from megat2i.data.verification import Verification
@@ -52,6 +52,7 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
     config_rules.validate(settings, backend.world_size)
     freezing.require_work_for_all(settings)
     run_dir = Path(settings.run.dir)
+    run_lock.require_free(run_dir)
     run_folder.check(run_dir, settings, resume)
     if settings.model.pretrained and not checkpoint.committed(run_dir / "checkpoints"):
         pretrained.require_fit(settings)
@@ -65,7 +66,8 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
     provide_model, provide_data, provide_loss = providers
     mark("opening the data")
     data = _provided(lambda: provide_data(settings, backend, groups))
-    run_folder.make(run_dir)  # nothing of a run that is refused up to here
+    # Nothing of a run that is refused up to here; and what was checked is looked at again, now that it stays as it is.
+    lock = run_lock.take(run_dir, functools.partial(run_folder.check, run_dir, settings, resume))
     leader = backend.rank == 0
     report = say if leader else lambda line: None
     with waiting(f"checking the checkpoints of {run_dir}", leader and resume):
@@ -88,7 +90,7 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
     if leader:
         environment = _environment(begin, backend, groups, model)
         environment["resumed_from"] = str(found.path) if found else None
-        run_folder.write(run_dir, settings, backend.engine, environment)
+        run_folder.write(run_dir, settings, backend.engine, environment, resume)
     run_folder.require_shared(run_dir)
     report(f"{backend.describe()} layout={groups.layout()} {model.ops.description}")
     _describe(settings, backend, data, report)
@@ -107,6 +109,7 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
     # Not after an error: other ranks may wait in a collective, and NCCL would wait for them before the error shows.
     mark("ending")
     dist.destroy_process_group()
+    lock.release()
     return settings
 
 

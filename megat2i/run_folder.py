@@ -13,21 +13,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megat2i import config
-from megat2i.config import Config
-from megat2i.config_identity import changed_identity
+from megat2i.config import Config, ConfigError
+from megat2i.config_identity import changed_identity, changed_keys
 from megat2i.data.manifest import Manifest
-from megat2i.files import DataFileError, PendingFile, commit, store_path
+from megat2i.files import DataFileError, fsync_folder, read_json_object, store_path, write_file
+from megat2i.progress import say
 from megat2i.trainer import RunError
 
-CONFIG, ENVIRONMENT, DATA = "config.yaml", "environment.json", "data.json"
+CONFIG, ENVIRONMENT, DATA, METRICS = "config.yaml", "environment.json", "data.json", "metrics.jsonl"
 
 
 def with_recorded(settings: Config) -> Config:
     """The settings of a run to be resumed: what they leave to the machine or to the data is as the run recorded it."""
-    path = Path(settings.run.dir) / CONFIG
-    if not path.exists():
+    if not (Path(settings.run.dir) / CONFIG).exists():
         return settings
-    recorded, data, runtime = config.load(path), settings.data, settings.runtime
+    recorded, data, runtime = _recorded_settings(Path(settings.run.dir)), settings.data, settings.runtime
     if data.sequence_length is None:
         data = dataclasses.replace(data, sequence_length=recorded.data.sequence_length)
     if runtime.dtype == "auto":
@@ -41,14 +41,15 @@ def check(run_dir: Path, settings: Config, resume: bool) -> None:
     Run by every rank before the process group starts, so that all of them stop at the same problem.
     """
     _tokenizers(settings)
+    begun = (run_dir / METRICS).exists() or (run_dir / "checkpoints").exists()
     if not resume:
-        if (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists():
+        if begun:
             raise RunError(f"{run_dir} holds a run already: continue it with --resume, or choose another run.dir")
         return
-    if not (run_dir / CONFIG).exists():
+    if not (run_dir / CONFIG).exists() and not begun:
         raise RunError(f"{run_dir / CONFIG} does not exist: there is no run to resume; start without --resume")
-    changes = changed_identity(config.load(run_dir / CONFIG), settings)
-    saved, present = json.loads((run_dir / DATA).read_text()), data_identity(settings)
+    changes = changed_identity(_recorded_settings(run_dir), settings)
+    saved, present = _recorded_data(run_dir), data_identity(settings)
     changes += [f"the content of {prefix}" for prefix in saved if saved[prefix] != present.get(prefix, saved[prefix])]
     if changes:
         raise RunError(
@@ -59,43 +60,89 @@ def check(run_dir: Path, settings: Config, resume: bool) -> None:
         )
 
 
-def write(run_dir: Path, settings: Config, engine: str, environment: dict) -> None:
+def write(run_dir: Path, settings: Config, engine: str, environment: dict, resume: bool = False) -> None:
     """``config.yaml`` (resolved), ``data.json``, the tokenizers, and one more entry in ``environment.json``.
 
-    ``environment.json`` describes this launch; its ``earlier`` lists the launches before it.
+    The first two are written once: a launch with ``resume`` leaves them alone, so that no kill can take them away.
+    ``environment.json`` describes this launch; its ``earlier`` lists the launches before it, and ``changed_settings``
+    the settings that are not those of ``config.yaml``. For the one that holds the lock of ``run_dir``.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(run_dir)
     for kind, (name, content) in _tokenizers(settings).items():  # so that the folder is all that sampling needs
-        (run_dir / "tokenizers" / kind).mkdir(parents=True, exist_ok=True)
-        file = PendingFile(run_dir / "tokenizers" / kind / name)
-        file.write(content)
-        commit([file])
-    before = json.loads((run_dir / ENVIRONMENT).read_text()) if (run_dir / ENVIRONMENT).exists() else None
-    earlier = [*before.pop("earlier"), before] if before else []
+        _keep_tokenizer(run_dir / "tokenizers" / kind, name, content)
+    resolved = dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, engine=engine))
+    if not resume:
+        (run_dir / CONFIG).unlink(missing_ok=True)  # of a first launch that was killed, perhaps on other data
+        fsync_folder(run_dir)
+        write_file(run_dir / DATA, (json.dumps(data_identity(settings), indent=1) + "\n").encode())
+        # Last: where there is a configuration, all that a resumed launch needs is there.
+        write_file(run_dir / CONFIG, config.to_yaml(resolved).encode())
     environment = environment | {
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("megat2i", "torch", "deepspeed", "triton", "numpy")},
-        "earlier": earlier,
+        "changed_settings": changed_keys(_recorded_settings(run_dir), resolved) if resume else {},
+        "earlier": _earlier_launches(run_dir / ENVIRONMENT),
     }
-    resolved = dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, engine=engine))
-    files = []
-    for name, text in (
-        (CONFIG, config.to_yaml(resolved)),
-        (DATA, json.dumps(data_identity(settings), indent=1) + "\n"),
-        (ENVIRONMENT, json.dumps(environment, indent=1) + "\n"),
-    ):
-        files.append(PendingFile(run_dir / name))
-        files[-1].write(text.encode())
-    commit(files)
+    write_file(run_dir / ENVIRONMENT, (json.dumps(environment, indent=1) + "\n").encode())
 
 
-def make(run_dir: Path) -> None:
-    """Make the folder of a run; raises RunError on every rank that cannot."""
+def _recorded_settings(run_dir: Path) -> Config:
+    """The settings that the run was started with; raises RunError where they cannot be read."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{run_dir} cannot be made ({error.strerror}): choose another run.dir") from error
+        return config.load(run_dir / CONFIG)
+    except ConfigError as error:
+        raise RunError(
+            f"{error}: this file is the run's record of its settings; restore it from a copy, or copy the "
+            f"configuration that the run was started with to {run_dir / CONFIG}"
+        ) from error
+
+
+def _recorded_data(run_dir: Path) -> dict:
+    """The identity of the data that the run was started on; raises DataFileError where it cannot be read."""
+    remedy = (
+        "It says which data the run was started on; restore it from a copy, or train on in another folder on the data "
+        f"as they are: python tools/convert_checkpoint.py --from run {run_dir} NEW_DIR --to run --config FILE"
+    )
+    return read_json_object(run_dir / DATA, remedy)
+
+
+def _earlier_launches(path: Path) -> list[dict]:
+    """The launches that ``environment.json`` lists; a damaged one is set aside, since a run does not depend on it."""
+    if not path.exists():
+        return []
+    try:
+        last = read_json_object(path, "It is set aside")
+        earlier = last.pop("earlier", None)
+        if not isinstance(earlier, list):
+            raise DataFileError(path, "'earlier' is no list of launches", "It is set aside")
+    except DataFileError as error:
+        aside = path.with_name(f"{path.name}.damaged")
+        path.replace(aside)
+        say(f"{error} as {aside.name}; the run goes on without the record of its earlier launches")
+        return []
+    return [*earlier, last]
+
+
+def _keep_tokenizer(folder: Path, name: str, content: bytes) -> None:
+    """Make ``folder`` hold one file, with this ``content``; one that has it already is left alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    present = sorted(path for path in folder.iterdir() if path.is_file())
+    if len(present) == 1 and present[0].read_bytes() == content:
+        return
+    write_file(folder / name, content)
+    for path in present:
+        if path.name != name:
+            path.unlink()
+
+
+def _remove_leftovers(run_dir: Path) -> None:
+    """Temporary files of launches that were killed; what other programs write beside them is not touched."""
+    patterns = [f"{name}.*.tmp" for name in (CONFIG, DATA, ENVIRONMENT, METRICS)]
+    for pattern in (*patterns, "tokenizers/*/*.tmp"):
+        for path in run_dir.glob(pattern):
+            path.unlink()
 
 
 def require_shared(run_dir: Path) -> None:

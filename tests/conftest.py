@@ -49,6 +49,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(scope="session")
+def stride(pytestconfig) -> int:
+    """Of the kill points of writers with many: all of them with --full, else every third."""
+    return 1 if pytestconfig.getoption("--full") else 3
+
+
 def _required_folder(config, option: str) -> Path:
     folder = config.getoption(option)
     if folder.is_dir():

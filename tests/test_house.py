@@ -18,6 +18,7 @@ FLOORS = (
         "config_rules",
         "files",
         "interrupt",
+        "processes",
         "progress",
         "progress_marks",
         "watchdog",
@@ -31,7 +32,7 @@ FLOORS = (
     {"model", "loss"},
     {"optim", "pipeline", "pipeline_order", "checkpoint"},
     {"trainer", "console", "metrics", "generate", "evaluate", "fonts", "pictures", "drawn", "html_page", "self_test"},
-    {"pretrain", "run_folder", "planner", "experiments", "serving", "pretrain_t2i", "tools", "examples"},
+    {"pretrain", "run_folder", "run_lock", "planner", "experiments", "serving", "pretrain_t2i", "tools", "examples"},
 )
 PRODUCT = sorted(
     [

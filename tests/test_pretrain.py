@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import RankError, run_ranks
+from launched import free_port, wait_for_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megat2i import config
@@ -46,11 +47,7 @@ LAUNCHER = ("deepspeed", "--num_accelerators", "2", "--master_port")
 @pytest.fixture
 def launcher():
     """DeepSpeed's launcher with two ranks on a free port."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return (*LAUNCHER, str(probe.getsockname()[1]))
+    return (*LAUNCHER, str(free_port()))
 
 
 @pytest.fixture
@@ -174,16 +171,6 @@ def test_verbose_shows_what_libraries_say(started, tmp_path):
     assert len((verbose + more).splitlines()) > len((output + errors).splitlines())
 
 
-def wait_for_step(run_dir: Path, step: int, process) -> None:
-    deadline = time.monotonic() + 100
-    while time.monotonic() < deadline and process.poll() is None:
-        if (run_dir / "metrics.jsonl").exists() and f'"step": {step},' in (run_dir / "metrics.jsonl").read_text():
-            return
-        time.sleep(0.005)
-    output, errors = process.communicate()
-    pytest.fail(f"step {step} was not reached while the run was alive:\n{output}{errors}")
-
-
 LONG = ("training.steps=60", "training.checkpoint_every=4", "training.evaluate_every=10")
 
 
@@ -270,7 +257,7 @@ def test_stopping_and_resuming_under_another_engine(started, unbroken, tmp_path)
     assert [entry["loss"] for entry in found] == pytest.approx([entry["loss"] for entry in expected], rel=1e-4)
 
 
-def test_a_run_folder_in_use_is_refused(started, unbroken):
+def test_a_run_folder_with_a_run_is_refused(started, unbroken):
     before = (unbroken / "metrics.jsonl").read_bytes()
     assert "--resume" in refusal(started(unbroken))
     assert (unbroken / "metrics.jsonl").read_bytes() == before

@@ -114,9 +114,54 @@ def test_samples_need_tokenizers(settings, tmp_path):
 
 def test_every_launch_is_recorded(settings):
     write(settings, layout="1.1.1")
-    run_folder.write(folder(settings), settings, "torch", {"layout": "1.1.2"})
-    run_folder.write(folder(settings), settings, "torch", {"layout": "1.1.4"})
+    run_folder.write(folder(settings), settings, "torch", {"layout": "1.1.2"}, resume=True)
+    run_folder.write(folder(settings), settings, "torch", {"layout": "1.1.4"}, resume=True)
     environment = json.loads((folder(settings) / "environment.json").read_text())
     assert environment["layout"] == "1.1.4" and environment["versions"]["torch"]
     assert [launch["layout"] for launch in environment["earlier"]] == ["1.1.1", "1.1.2"]
     assert all("earlier" not in launch for launch in environment["earlier"])
+
+
+def started(settings) -> Path:
+    """A run that has a record."""
+    write(settings, layout="1.1.1")
+    (folder(settings) / "metrics.jsonl").write_text("")
+    return folder(settings)
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("config.yaml", None), ("config.yaml", "[]"), ("config.yaml", "model: {"),
+    ("data.json", None), ("data.json", ""), ("data.json", "[]"), ("data.json", "{"),
+])  # fmt: skip
+def test_a_damaged_record_of_the_beginning_is_one_sentence_with_a_way_out(settings, name, content):
+    run = started(settings)
+    if content is None:
+        (run / name).unlink()
+    else:
+        (run / name).write_text(content)
+    with pytest.raises((RunError, DataFileError), match=f"{name}.*restore it from a copy, or ") as error:
+        run_folder.check(run, run_folder.with_recorded(settings), resume=True)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"earlier": 3}', "{}"])
+def test_a_damaged_environment_is_set_aside_and_the_run_goes_on(settings, content, capsys):
+    run = started(settings)
+    (run / "environment.json").write_text(content)
+    run_folder.check(run, settings, resume=True)
+    run_folder.write(run, settings, "torch", {"layout": "1.1.2"}, resume=True)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "is set aside as environment.json.damaged; the run goes on" in said
+    assert (run / "environment.json.damaged").read_text() == content
+    assert json.loads((run / "environment.json").read_text())["earlier"] == []
+
+
+def test_leftovers_of_killed_launches_are_removed_and_files_of_others_are_not(settings):
+    run = started(settings)
+    leftovers = ("data.json.12-ab.tmp", "metrics.jsonl.12-ab.tmp", "tokenizers/text/text.json.12-ab.tmp")
+    for name in (*leftovers, "report.html.13-cd.tmp"):
+        (run / name).touch()
+    copied = (run / "tokenizers/text/text.json").stat()
+    run_folder.write(run, settings, "torch", {}, resume=True)
+    assert [path.name for path in run.rglob("*.tmp")] == ["report.html.13-cd.tmp"]
+    assert (run / "tokenizers/text/text.json").stat().st_ino == copied.st_ino

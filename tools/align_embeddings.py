@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import megat2i  # noqa: F401 (before torch: it sets how threads wait)
@@ -29,9 +30,10 @@ from megat2i.data.sizes import with_data_sizes
 from megat2i.experiments import nearest_tokens
 from megat2i.experiments.alignment import TABLE, Providers, initial_rows, require
 from megat2i.files import DataFileError, write_file
+from megat2i.interrupt import leave_on_interrupt, stopped
 from megat2i.model.pretrained import open_pretrained
 from megat2i.pretrain import pretrain
-from megat2i.runtime import Backend
+from megat2i.runtime import Backend, is_first_rank
 from megat2i.tokenizers.text import load_text_tokenizer
 from megat2i.trainer import RunError
 
@@ -89,7 +91,9 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="continue what is in run.dir")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="set a field of the configuration")
     arguments = parser.parse_intermixed_args()
-    align(load(arguments.config, arguments.overrides), arguments.resume)
+    settings = load(arguments.config, arguments.overrides)
+    leave_on_interrupt(partial(stopped, Path(settings.run.dir)) if is_first_rank() else None)
+    align(settings, arguments.resume)
 
 
 if __name__ == "__main__":

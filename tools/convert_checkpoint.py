@@ -14,7 +14,6 @@ is executed.
 
 import argparse
 import dataclasses
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from megat2i.data.sizes import with_data_sizes
 from megat2i.files import DataFileError, pending_folder, read_json_object
 from megat2i.interrupt import said_on_interrupt
 from megat2i.model import expand, huggingface, open_lm, weights
-from megat2i.model.pretrained import TOKENIZER, open_pretrained, shape_differences
+from megat2i.model.pretrained import open_pretrained, shape_differences
 from megat2i.model.weights import TABLES, ModelWeights
 from megat2i.optim.engine import WEIGHT
 from megat2i.runtime import DTYPES
@@ -87,9 +86,8 @@ def main() -> None:
         origin = {"from": arguments.source, "name": arguments.input.name}
         if arguments.input.is_file():
             origin["sha256"] = file_sha256(arguments.input)
-        weights.save(source, arguments.output, origin)
-        for tokenizer in (arguments.input / "tokenizers" / "text").glob("*.json") if text_only else ():
-            shutil.copyfile(tokenizer, arguments.output / TOKENIZER)  # a run from here must have the same
+        tokenizers = (arguments.input / "tokenizers" / "text").glob("*.json") if text_only else ()
+        weights.save(source, arguments.output, origin, next(iter(tokenizers), None))  # a run from here needs the same
         print(f"{arguments.output}: start a run from it with this section of its configuration:\n")
         print(model_section(source.shape, arguments.output), end="")
         return

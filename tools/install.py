@@ -116,7 +116,7 @@ class Environment:
                     lock.flush()
                 self._begin_anew(interrupted and not updating)
                 self._install()
-            self.marker.unlink()
+                self.marker.unlink()  # while it is locked: after that it may be another command's
         except OSError as error:
             raise InstallError(self._full_disk() if FULL_DISK in str(error) else f"{self.folder}: {error}.") from None
 
@@ -130,6 +130,8 @@ class Environment:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InstallError(f"Another command is filling {self.folder}; start this one when that is done.") from None
+        if not (self.marker.exists() and os.path.samestat(self.marker.stat(), os.fstat(lock.fileno()))):
+            raise InstallError(f"Another command has just filled {self.folder}; start this one again.")
 
     def _require_space(self) -> None:
         present = any(path.is_dir() for path in self.folder.glob("lib/python*/site-packages/torch"))

@@ -198,21 +198,19 @@ def only_writer(prefix: Path, overwrite: bool) -> Iterator[Path]:
     """
     check_output(prefix, overwrite)
     folder = store_path(prefix, ".parts")
-    folder.mkdir(parents=True, exist_ok=True)
-    held = False
     try:
         with only_run(folder):
-            held = True
-            check_output(prefix, overwrite)  # again: another run may have finished it meanwhile
-            for suffix in (".bin", ".idx", ".json", ".ledger.jsonl", ".codebook.json"):
-                for path in prefix.parent.glob(f"{prefix.name}{suffix}.*.tmp"):
-                    path.unlink()
-            yield folder
+            try:
+                check_output(prefix, overwrite)  # again: another run may have finished it meanwhile
+                for suffix in (".bin", ".idx", ".json", ".ledger.jsonl", ".codebook.json"):
+                    for path in prefix.parent.glob(f"{prefix.name}{suffix}.*.tmp"):
+                        path.unlink()
+                yield folder
+            finally:
+                (folder / "lock").unlink(missing_ok=True)  # while it is held: after that it may be another run's
     finally:
-        if held:  # outside of only_run: NFS keeps files that are open; the folder of an unfinished run is not empty
-            with suppress(OSError):
-                (folder / "lock").unlink()
-                folder.rmdir()
+        with suppress(OSError):  # NFS keeps files that are open; the folder of an unfinished run is not empty
+            folder.rmdir()
 
 
 def merge_datasets(prefixes: Sequence[Path], output: Path, overwrite: bool) -> Manifest:

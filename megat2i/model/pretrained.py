@@ -14,11 +14,10 @@ from megat2i.data.manifest import Manifest
 from megat2i.files import DataFileError
 from megat2i.model import expand, huggingface, weights
 from megat2i.model.gpt import GPT
-from megat2i.model.weights import BEGINNING, TABLES, ModelWeights
+from megat2i.model.weights import BEGINNING, TABLES, TOKENIZER, ModelWeights
 from megat2i.tokenizers.text import JsonTokenizer, load_text_tokenizer
 from megat2i.weights_file import file_sha256
 
-TOKENIZER = "tokenizer.json"  # of a Hugging Face folder
 PROBE = "A red apple on the table, 12 steps away from Zoë's café."
 
 

@@ -5,6 +5,7 @@ Our own form is a folder of safetensors files beside ``megat2i_model.json``, whi
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from megat2i.vocab import VocabLayout
 from megat2i.weights_file import Spec, WeightFiles, write_weights
 
 MODEL_FILE, FORMAT = "megat2i_model.json", 1
+TOKENIZER = "tokenizer.json"  # as a Hugging Face folder has it
 TABLES = ("tok_embeddings.weight", "output.weight")
 # fields of ModelConfig that say how a run begins, not what the model is
 BEGINNING = ("seed", "pretrained", "expansion", "expansion_file")
@@ -73,14 +75,19 @@ def is_own(folder: Path) -> bool:
     return (folder / MODEL_FILE).is_file()
 
 
-def save(weights: ModelWeights, folder: Path, source: dict) -> None:
-    """Write ``folder`` in our own form; ``source``: where the weights are from. One tensor in memory at a time."""
+def save(weights: ModelWeights, folder: Path, source: dict, tokenizer: Path | None = None) -> None:
+    """Write ``folder`` in our own form, with a copy of the ``tokenizer``; one tensor in memory at a time.
+
+    ``source``: where the weights are from.
+    """
     model = {name: value for name, value in dataclasses.asdict(weights.shape).items() if name not in BEGINNING}
     vocab = None if weights.vocab is None else dataclasses.asdict(weights.vocab)
     content = {"format": FORMAT, "rows": weights.rows, "vocab": vocab, "model": model, "source": source}
     with pending_folder(folder) as pending:
         write_weights(pending, weights.specs(), weights.read)
         (pending / MODEL_FILE).write_text(json.dumps(content, indent=1) + "\n")
+        if tokenizer:
+            shutil.copyfile(tokenizer, pending / TOKENIZER)
 
 
 def load(folder: Path) -> ModelWeights:
