@@ -17,6 +17,10 @@ from megat2i.files import DataFileError, PendingFile, commit
 BYTES = 256  # the least vocabulary of a byte-level tokenizer
 
 
+class UnencodableText(ValueError):
+    """A text on which a tokenizer fails; the message says how."""
+
+
 class TextTokenizer(Protocol):
     """What the data and generation code need of a text tokenizer; ids are 0 .. ``vocab_size`` - 1."""
 
@@ -27,7 +31,7 @@ class TextTokenizer(Protocol):
     unknown_id: int | None  # of what is not in the vocabulary; None where every byte has an id
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens."""
+        """Ids of each text, without special tokens. Raises UnencodableText."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``."""
