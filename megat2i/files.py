@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from megat2i.printable import printable
+
 
 class DataFileError(ValueError):
     """A data file that cannot be used: which file, what is wrong with it, and what to do about it."""
@@ -25,7 +27,7 @@ class DataFileError(ValueError):
         self.path, self.problem, self.remedy = str(path), problem, remedy
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.problem}. {self.remedy}"
+        return printable(f"{self.path}: {self.problem}. {self.remedy}")
 
 
 # What the storage or this process is short of: nothing that is wrong with a file.
