@@ -6,6 +6,7 @@ optimizer. Nothing is taken to overlap that the system does not overlap.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from math import ceil
 
 from megat2i.model import cost
@@ -217,15 +218,24 @@ def bubble(job: Job, layout: Layout, costs: Costs) -> float:
 
 def rank_parameters(job: Job, layout: Layout, rank: int) -> float:
     """Parameters on one rank of pipeline rank ``rank``; norms are on every tensor-parallel rank."""
-    shape, norms, cut = job.shape, 0, 0
-    for stage in rank_stages(job, layout, rank):
-        layers = stage.stop - stage.first
-        cut += layers * cost.layer_matrices(shape)
-        norms += layers * (cost.layer_parameters(shape) - cost.layer_matrices(shape))
-        tables = stage.embedding + stage.head - (shape.tied_embeddings and stage.embedding and stage.head)
-        cut += job.rows * shape.hidden * tables
-        norms += cost.norm_parameters(shape) * stage.head
-    return cut / layout.tensor + norms
+    return _parameters(job, layout.tensor, layout.pipeline, layout.virtual_stages)[rank]
+
+
+@cache
+def _parameters(job: Job, tensor: int, pipeline: int, virtual_stages: int) -> tuple[float, ...]:
+    """``rank_parameters`` of every pipeline rank."""
+    shape, counts = job.shape, []
+    for rank in range(pipeline):
+        norms, cut = 0, 0
+        for stage in stages_of(job, pipeline * virtual_stages)[rank::pipeline]:
+            layers = stage.stop - stage.first
+            cut += layers * cost.layer_matrices(shape)
+            norms += layers * (cost.layer_parameters(shape) - cost.layer_matrices(shape))
+            tables = stage.embedding + stage.head - (shape.tied_embeddings and stage.embedding and stage.head)
+            cut += job.rows * shape.hidden * tables
+            norms += cost.norm_parameters(shape) * stage.head
+        counts.append(cut / tensor + norms)
+    return tuple(counts)
 
 
 def _products(job: Job, tensor: int) -> tuple[tuple[float, float], ...]:
