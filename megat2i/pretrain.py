@@ -45,17 +45,8 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
 
     Returns the settings with all that they left open.
     """
-    require_stores(settings.data)
-    settings = with_data_sizes(run_folder.with_recorded(settings) if resume else settings)
-    backend = Backend.resolve(settings)
-    settings = dataclasses.replace(settings, runtime=dataclasses.replace(settings.runtime, dtype=backend.dtype_name))
-    config_rules.validate(settings, backend.world_size)
-    freezing.require_work_for_all(settings)
+    settings, backend = _resolved(settings, resume)
     run_dir = Path(settings.run.dir)
-    run_lock.require_free(run_dir)
-    run_folder.check(run_dir, settings, resume)
-    if settings.model.pretrained and not checkpoint.committed(run_dir / "checkpoints"):
-        pretrained.require_fit(settings)
     if backend.world_size > 1 and settings.runtime.watchdog_s:
         start_watchdog(run_dir, settings.runtime.watchdog_s, *backend.place)
     backend.start(settings.model.seed)
@@ -70,12 +61,7 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
     lock = run_lock.take(run_dir, functools.partial(run_folder.check, run_dir, settings, resume))
     leader = backend.rank == 0
     report = say if leader else lambda line: None
-    with waiting(f"checking the checkpoints of {run_dir}", leader and resume):
-        found = checkpoint.latest(run_dir / "checkpoints", report) if resume else None
-    if resume and not found and checkpoint.committed(run_dir / "checkpoints"):
-        raise RunError(
-            f"{run_dir}/checkpoints: every checkpoint is damaged or not finite; to start over, choose another run.dir"
-        )
+    found = _newest_checkpoint(run_dir, report) if resume else None
     first_step = found.step if found else 0
     verification = _verification(data, run_dir, first_step, backend)
     # a checkpoint replaces every weight: the pre-trained model need not be there any more
@@ -111,6 +97,33 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
     dist.destroy_process_group()
     lock.release()
     return settings
+
+
+def _resolved(settings: Config, resume: bool) -> tuple[Config, Backend]:
+    """What runs, where; every refusal that needs no other rank comes from here."""
+    require_stores(settings.data)
+    settings = with_data_sizes(run_folder.with_recorded(settings) if resume else settings)
+    backend = Backend.resolve(settings)
+    settings = dataclasses.replace(settings, runtime=dataclasses.replace(settings.runtime, dtype=backend.dtype_name))
+    config_rules.validate(settings, backend.world_size)
+    freezing.require_work_for_all(settings)
+    run_dir = Path(settings.run.dir)
+    run_lock.require_free(run_dir)
+    run_folder.check(run_dir, settings, resume)
+    if settings.model.pretrained and not checkpoint.committed(run_dir / "checkpoints"):
+        pretrained.require_fit(settings)
+    return settings, backend
+
+
+def _newest_checkpoint(run_dir: Path, report: Callable[[str], None]) -> checkpoint.Checkpoint | None:
+    """The checkpoint to continue from; None where the run has none yet. Collective; RunError where all are damaged."""
+    with waiting(f"checking the checkpoints of {run_dir}", dist.get_rank() == 0):
+        found = checkpoint.latest(run_dir / "checkpoints", report)
+    if not found and checkpoint.committed(run_dir / "checkpoints"):
+        raise RunError(
+            f"{run_dir}/checkpoints: every checkpoint is damaged or not finite; to start over, choose another run.dir"
+        )
+    return found
 
 
 def _provided(provide: Callable[[], Data]) -> Data:

@@ -245,7 +245,7 @@ def test_data_that_one_rank_cannot_read_end_the_step_on_all(make_training, make_
             batches = make_batches(config, 0, groups.data_rank, groups.data_size)
             problem = fault if dist.get_rank() == failing else None
             with pytest.raises(DataFileError if ranks == 1 else trainer.RunError) as error:
-                train_step(stage, engine, [] if problem else batches, loss, groups, 1e-2, problem)
+                train_step(stage, engine, [] if problem else batches, loss, groups, 1e-2, problem=problem)
             raised.append(str(error.value))
         assert all(torch.equal(a, b) for a, b in zip(before, stage.model.parameters(), strict=True))
         batches = make_batches(config, 0, groups.data_rank, groups.data_size)
