@@ -136,6 +136,7 @@ def launcher(trial: Trial) -> Result | None:
     if launch.over():
         trial.complete()
         return None
+    Path(launch.pace.hold).touch()  # else ranks without a launcher would come to the run's end, and to theirs
     hurt, what = time.monotonic(), trial.rng.choice(("SIGTERM", "SIGINT", "SIGKILL", "Ctrl-C", "SIGKILL of a rank"))
     if what == "Ctrl-C":
         os.killpg(launch.launcher.pid, signal.SIGINT)

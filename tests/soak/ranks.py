@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -180,7 +179,7 @@ class Launched(Launch):
         super().__init__(logs, pace)
         self.mark = f"SOAK_LAUNCH={secrets.token_hex(8)}"
         folder = Path(__file__).parent
-        command = [shutil.which("deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
+        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
         variables = dict([self.mark.split("=")]) | {"SOAK": json.dumps(asdict(pace)), "OMP_NUM_THREADS": "1"}
         variables["PYTHONPATH"] = os.pathsep.join([str(folder.parent), os.environ.get("PYTHONPATH", "")])
         with open(logs / "launcher", "wb") as output:
