@@ -320,6 +320,7 @@ def checkpoint_damaged(trial: Trial) -> Result | None:
     """The newest checkpoint is damaged or mixed with another: the one before is taken."""
     if not trial.stopped_with_checkpoints():
         return None
+    trial.remove_damaged()
     if trial.rng.random() < 0.15:
         return _resumed_from_damaged(trial)
     before = {step_of(path): in_child(lambda path=path: _values(path)) for path in trial.sound()[:2]}

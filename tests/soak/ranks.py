@@ -179,7 +179,8 @@ class Launched(Launch):
         super().__init__(logs, pace)
         self.mark = f"SOAK_LAUNCH={secrets.token_hex(8)}"
         folder = Path(__file__).parent
-        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
+        program = str(Path(sys.executable).parent / "deepspeed")
+        command = [program, "--num_gpus", str(ranks), "--master_port", str(free_port())]
         variables = dict([self.mark.split("=")]) | {"SOAK": json.dumps(asdict(pace)), "OMP_NUM_THREADS": "1"}
         variables["PYTHONPATH"] = os.pathsep.join([str(folder.parent), os.environ.get("PYTHONPATH", "")])
         with open(logs / "launcher", "wb") as output:

@@ -245,6 +245,11 @@ class Trial:
     def mark_damaged(self, path: Path) -> None:
         self.damaged[path] = path.stat().st_ino
 
+    def remove_damaged(self) -> None:
+        """Remove the checkpoints that were damaged before."""
+        for path in set(self.committed()) - set(self.sound()):
+            shutil.rmtree(path)
+
     def audit(self) -> None:
         """Failure WRONG where a sound checkpoint is not, bit for bit, that of the untouched run. Nothing must run."""
         for path in self.sound():
