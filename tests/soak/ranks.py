@@ -93,6 +93,10 @@ class Launch:
             time.sleep(TICK)
         return True
 
+    def running(self) -> list[str]:
+        """Names of the processes that are there."""
+        return [f"rank {rank}" for rank, code in self.codes.items() if code is None]
+
     def failed(self) -> bool:
         return any(self.codes.values())
 
@@ -206,6 +210,9 @@ class Launched(Launch):
                     ranks = (text.removeprefix("RANK=") for text in variables if text.startswith("RANK="))
                     found[int(folder.name)] = next(ranks, None)
         return found
+
+    def running(self) -> list[str]:
+        return [f"rank {rank}" if rank else "a process of the launcher" for rank in self.processes().values()]
 
     def over(self) -> bool:
         self.codes[0] = self.launcher.poll()

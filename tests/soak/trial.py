@@ -18,6 +18,7 @@ PACE = 0.02  # seconds added to every step
 START_S = 60.0  # from a launch to its first step, or to its refusal
 END_S = 30.0  # until the other ranks have ended after one of them has, once training has begun
 LINE = "error: "  # before the one sentence
+LOST_PEER = re.compile(r"RuntimeError: .*gloo.*Connection (closed|reset) by peer")
 
 
 class Failure(Exception):
@@ -162,10 +163,10 @@ class Trial:
             if any(code is not None for code in launch.codes.values()):
                 launch.kill()
         if not self.wait(launch, seconds):
-            ranks = [rank for rank, code in launch.codes.items() if code is None]
+            ranks = launch.running()
             launch.kill()
             self.launch = None
-            raise Failure("LATE", f"ranks {ranks} were there {seconds:.0f} s later: {tail(launch)}")
+            raise Failure("LATE", f"{ranks} were there {seconds:.0f} s later: {tail(launch)}")
         self.launch = None
         self.audit()
 
@@ -289,15 +290,22 @@ def step_of(path: Path) -> int:
 
 def tail(launch: Launch) -> str:
     """The last of what a launch said, and how its ranks ended, on one line."""
-    return f"{' | '.join(launch.text().splitlines()[-6:])[-500:]} {launch.codes}"
+    ends = [
+        " | ".join(path.read_text(errors="replace").splitlines()[-3:])[-300:] for path in sorted(launch.logs.iterdir())
+    ]
+    return f"{' || '.join(ends)} {launch.codes}"
 
 
 def sentence(launch: Launch) -> str:
-    """The one sentence of a launch that was refused or ended; Failure TRACEBACK where it said anything else."""
-    text = launch.text()
-    lines = [line for line in text.splitlines() if line.startswith(LINE)]
+    """The one sentence of a launch that was refused or ended; Failure TRACEBACK where there is none.
+
+    A rank whose peer has ended with that sentence may show the traceback of the lost connection, and no other.
+    """
+    logs = [path.read_text(errors="replace") for path in launch.logs.iterdir()]
+    crashed = [log for log in logs if "Traceback (most recent call last)" in log and not LOST_PEER.search(log)]
+    lines = [line for log in logs for line in log.splitlines() if line.startswith(LINE)]
     path = str(launch.logs.parent)
-    if "Traceback (most recent call last)" in text or not any(path in line for line in lines):
+    if crashed or not any(path in line for line in lines):
         raise Failure("TRACEBACK", tail(launch))
     return lines[0]
 
