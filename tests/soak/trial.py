@@ -18,7 +18,7 @@ PACE = 0.02  # seconds added to every step
 START_S = 60.0  # from a launch to its first step, or to its refusal
 END_S = 30.0  # until the other ranks have ended after one of them has, once training has begun
 LINE = "error: "  # before the one sentence
-LOST_PEER = re.compile(r"RuntimeError: .*gloo.*Connection (closed|reset) by peer")
+LOST_PEER = re.compile(r"RuntimeError: .*[Gg]loo|torch.distributed.Dist(Network|Store|Backend)Error: ")
 
 
 class Failure(Exception):
