@@ -150,17 +150,11 @@ def test_the_console_tells_how_it_ended_and_what_is_next(started, tmp_path):
     assert "\r" not in output + errors
 
 
-def test_a_quiet_launch_begins_with_our_own_lines(started, launcher, tmp_path):
+def test_two_ranks_under_deepspeeds_launcher(started, launcher, unbroken, tmp_path):
     quiet = (launcher[0], "--quiet", *launcher[1:])
-    output, errors = finish(started(tmp_path / "run", "training.stop_at=1", launcher=quiet))
+    output, errors = finish(started(tmp_path / "run", "training.evaluate_every=2", launcher=quiet))
     ours = [line for line in output.splitlines() if "Setting accelerator to CPU" not in line]  # the launcher's
     assert len(output.splitlines()) - len(ours) <= 2 and ours[0].startswith("device=cpu") and not errors
-    verbose, errors = finish(started(tmp_path / "other", "training.stop_at=1", "--verbose", launcher=quiet))
-    assert len(verbose.splitlines()) > len(output.splitlines())
-
-
-def test_two_ranks_under_deepspeeds_launcher(started, launcher, unbroken, tmp_path):
-    finish(started(tmp_path / "run", "training.evaluate_every=2", launcher=launcher))
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert (environment["engine"], environment["layout"]) == ("deepspeed", "1.1.2")
     found, expected = without_times(tmp_path / "run"), without_times(unbroken)
@@ -171,6 +165,13 @@ def test_two_ranks_under_deepspeeds_launcher(started, launcher, unbroken, tmp_pa
         assert entry["loss"] == pytest.approx(other["loss"], rel=1e-3)
     for key in ("loss", "loss/text", "loss/image", "loss/special", "grad_norm"):
         assert found[0][key] == pytest.approx(expected[0][key], rel=1e-5)
+
+
+def test_verbose_shows_what_libraries_say(started, tmp_path):
+    engine = "optimizer.engine=deepspeed"
+    output, errors = finish(started(tmp_path / "run", "training.stop_at=1", engine))
+    verbose, more = finish(started(tmp_path / "other", "training.stop_at=1", engine, "--verbose"))
+    assert len((verbose + more).splitlines()) > len((output + errors).splitlines())
 
 
 def wait_for_step(run_dir: Path, step: int, process) -> None:

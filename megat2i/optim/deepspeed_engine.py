@@ -39,7 +39,7 @@ class DeepSpeedEngine:
             if name in parameters and not shard.is_whole:  # by this DeepSpeed counts what it adds up to the norm
                 parameters[name].tensor_model_parallel = True
         bfloat16 = next(iter(parameters.values())).dtype == torch.bfloat16
-        adam = choose_adamw(next(model.parameters()).device).build(
+        adam = choose_adamw(next(model.parameters()).device, for_deepspeed=True).build(
             list(parameters.values()),
             lr=optimizer.lr,
             betas=(optimizer.beta1, optimizer.beta2),

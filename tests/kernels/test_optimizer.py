@@ -1,5 +1,6 @@
 """Which AdamW is chosen, and that an unrelated package called apex is not taken for NVIDIA's."""
 
+import subprocess
 import sys
 
 import pytest
@@ -46,3 +47,33 @@ def test_the_cpu_has_pytorchs():
     # by hand: decay by lr * 0.1, then a step of lr in the direction of the gradient
     torch.testing.assert_close(parameter.detach(), torch.full((3,), 1 - 0.01 - 0.1))
     assert chosen.name == "torch AdamW (fused)" and chosen.reason == "no GPU"
+
+
+def test_two_updates_equal_those_of_torch_adamw():
+    """Bit for bit; a parameter without a gradient keeps its value."""
+    results = []
+    for for_deepspeed in (False, True):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((5, 3), (7,), (2,))]
+        build = choose_adamw(torch.device("cpu"), for_deepspeed).build
+        optimizer = build(parameters, lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+        for lr in (0.1, 0.03):
+            for parameter in parameters[:2]:
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+        results.append([parameter.detach() for parameter in parameters])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+    torch.manual_seed(0)
+    assert not torch.equal(results[0][0], torch.randn(5, 3))
+
+
+def test_a_run_in_one_process_does_not_import_the_compiler():
+    code = """import sys, torch
+from megat2i.kernels.optimizer import choose_adamw
+parameter = torch.nn.Parameter(torch.ones(3))
+optimizer = choose_adamw(torch.device("cpu")).build([parameter], lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+parameter.grad = torch.ones(3)
+optimizer.step()
+assert "torch._dynamo" not in sys.modules"""
+    subprocess.run([sys.executable, "-c", code], check=True)

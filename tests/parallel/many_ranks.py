@@ -1,4 +1,4 @@
-"""Script: starts 64 real ranks on this machine and trains a narrow model under the layouts of configuration files.
+"""Script: starts many real ranks on this machine and trains a narrow model under the layouts of configuration files.
 
     python many_ranks.py RANKS CONFIG.yaml ...
 
@@ -17,7 +17,6 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch
-import torch._dynamo  # noqa: F401  optimizers import it at their first use: here once instead of in every rank
 import torch.distributed as dist
 
 from megat2i import config

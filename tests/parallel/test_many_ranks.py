@@ -1,4 +1,4 @@
-"""64 real ranks on this machine, in the layouts that the configurations for 64 GPUs ask for."""
+"""Many real ranks on this machine, in the layouts that the configurations for 64 GPUs ask for."""
 
 import json
 import subprocess
@@ -23,10 +23,18 @@ def distinct() -> list[Path]:
 
 
 @pytest.mark.slow
-def test_64_ranks_compute_what_one_process_does(repository):
+@pytest.mark.parametrize("ranks", [16, pytest.param(64, marks=pytest.mark.full)])
+def test_many_ranks_compute_what_one_process_does(repository, ranks):
     files = distinct()
     assert len(files) >= 3
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("many_ranks.py")), "64", *map(str, files)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(Path(__file__).with_name("many_ranks.py")),
+        str(ranks),
+        *map(str, files),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=repository)
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(result.stdout.splitlines()[-1])
