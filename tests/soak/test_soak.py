@@ -23,7 +23,7 @@ def test_nothing_is_lost_and_nothing_is_wrong(tmp_path):
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     records = [json.loads(line) for line in file.read_text().splitlines()]
