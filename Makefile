@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 GPU_PYTHON := $(or $(PY),$(BIN)/python)
 GPU_ENV := $(if $(PY),,env-test)
 
-.PHONY: env env-test demo test test-full gpu-path test-gpu sanitize-gpu bench-gpu lint bench clean
+.PHONY: env env-test demo test test-full gpu-path test-gpu sanitize-gpu bench-gpu lint bench soak clean
 
 # env: what the demo needs. env-test: with it what the tests, the linter and the benchmarks need.
 env: $(VENV)/.installed
@@ -83,6 +83,16 @@ bench: env-test
 	$(BIN)/python benchmarks/bench_checkpoint.py
 	$(BIN)/python benchmarks/bench_memory.py
 	$(BIN)/python benchmarks/bench_scale.py
+
+# Hurts trainings for MINUTES, recovers them and prints a table: docs/faults.md. A failure names what repeats it.
+MINUTES ?= 10
+SEED ?= 1
+FIRST ?= 0
+COUNT ?=
+TABLE ?=
+soak: env-test
+	PYTHONPATH=tests $(BIN)/python -m soak --minutes $(MINUTES) --seed $(SEED) \
+		$(if $(COUNT),--first $(FIRST) --count $(COUNT)) $(if $(TABLE),--table $(TABLE))
 
 lint: env-test
 	$(BIN)/ruff check .
