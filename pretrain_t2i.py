@@ -31,6 +31,7 @@ from megat2i.model import pretrained
 from megat2i.model.gpt import GPT
 from megat2i.model.part import Part
 from megat2i.pretrain import pretrain
+from megat2i.printable import ArgumentParser
 from megat2i.progress import say
 from megat2i.runtime import Backend, is_first_rank, quiet
 from megat2i.topology import ParallelGroups
@@ -103,7 +104,7 @@ def next_steps(config: Config) -> list[str]:
 
 def main() -> None:
     """Read the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("--resume", action="store_true", help="continue the run in run.dir from its newest checkpoint")
     parser.add_argument("--verbose", action="store_true", help="also show warnings of PyTorch and DeepSpeed")

@@ -12,12 +12,16 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from megat2i import config_limits
+from megat2i import config_file, config_limits
+from megat2i.printable import printable
 from megat2i.vocab import VocabLayout
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the key and the remedy."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
     try:
-        loaded = OmegaConf.load(path)
+        loaded = config_file.read(path)
     except Exception as error:  # YAML's and OmegaConf's errors share no base class
         raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
     for override in overrides:
@@ -212,6 +216,8 @@ def _merge(base, loaded, where: str):
         OmegaConf.set_readonly(base[key], False)
     if not OmegaConf.is_dict(loaded):
         raise ConfigError(f"{where}: expected sections with keys, such as training: {{steps: 100}}")
+    if key := config_file.resolver(loaded):
+        raise ConfigError(f"{where}: {key}: resolvers such as ${{oc.env:...}} are not allowed; write the value itself")
     for section in loaded:  # one at a time: OmegaConf's errors do not always say where they are
         try:
             part = OmegaConf.masked_copy(loaded, section)

@@ -10,10 +10,13 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
+
+from megat2i.printable import printable
 
 
 class DataFileError(ValueError):
@@ -24,7 +27,7 @@ class DataFileError(ValueError):
         self.path, self.problem, self.remedy = str(path), problem, remedy
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.problem}. {self.remedy}"
+        return printable(f"{self.path}: {self.problem}. {self.remedy}")
 
 
 STEP_DIGITS = 18  # of a step, at most: it fits 64 bits
@@ -193,11 +196,41 @@ def write_file(path: Path, content: bytes) -> None:
         file.discard()
 
 
+def read_regular_file(path: str | Path, maximum: int) -> bytes:
+    """The bytes of a file of strangers. OSError, or ValueError where it is longer than ``maximum`` or no file.
+
+    A device or a pipe could deliver for ever. Raises DataFileError where the storage is at fault.
+    """
+    try:
+        # Non-blocking: opening a pipe without a writer would otherwise wait for one. It changes nothing for a file.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("not a regular file")
+            if status.st_size > maximum:
+                raise ValueError(f"{status.st_size:,} bytes, more than {maximum:,}")
+            return file.read(maximum + 1)
+    except OSError as error:
+        raise_if_transient(path, error)
+        raise
+
+
+def bounded_lines(file: BinaryIO, maximum: int, end: int | None = None) -> Iterator[bytes | None]:
+    """The lines of ``file`` with their line breaks, up to the offset ``end``; None for one longer than ``maximum``."""
+    while (end is None or file.tell() < end) and (line := file.readline(maximum + 1)):
+        if len(line) <= maximum:
+            yield line
+            continue
+        while not line.endswith(b"\n") and (line := file.readline(1 << 20)):
+            pass
+        yield None
+
+
 def read_json_object(path: Path, remedy: str) -> dict:
     """The JSON object in ``path``; raises DataFileError, with ``remedy``, where there is none."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataFileError(path, f"not readable as JSON ({error})", remedy) from error
     if not isinstance(content, dict):
         raise DataFileError(path, "not a JSON object", remedy)

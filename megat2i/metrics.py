@@ -2,7 +2,9 @@
 
 import json
 import math
-import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from megat2i import drawn
-from megat2i.files import write_file
+from megat2i.files import DataFileError, write_file
+from megat2i.progress import say
+from megat2i.record_file import RecordFile
 from megat2i.vocab import MODALITIES
 
 # Dense bfloat16 peak in FLOP/s by the vendor's data sheets, matched on the device's name.
@@ -87,8 +91,12 @@ class MetricsLog:
         if self.path.exists():
             self._keep_steps_up_to(step)
         drawn.remove_steps_after(run_dir, step)
-        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 (open for the whole run, closed by close)
-        self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self._file = RecordFile(self.path)
+        self._failed: set[str] = set()  # what is not written any more
+        before = set(threading.enumerate())
+        with self._goes_on_without("TensorBoard"):
+            self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        _say_nothing_of_errors_in(set(threading.enumerate()) - before)
 
     def go_back(self, step: int) -> None:
         """Drop what was logged after ``step``: those steps are done again."""
@@ -109,27 +117,55 @@ class MetricsLog:
 
     def write(self, entry: dict) -> None:
         """Append one object; it needs ``step``. Numbers go to TensorBoard under the same key."""
-        self._file.write(json.dumps({key: _finite(value) for key, value in entry.items()}) + "\n")
+        self._file.append(json.dumps({key: _finite(value) for key, value in entry.items()}))
         prefix = f"{entry['split']}/" if "split" in entry else ""
-        for key, value in entry.items():
-            if key not in ("step", "split") and isinstance(value, int | float):
-                self.tensorboard.add_scalar(prefix + key, value, entry["step"])
+        if "TensorBoard" in self._failed:
+            return
+        with self._goes_on_without("TensorBoard"):
+            for key, value in entry.items():
+                if key not in ("step", "split") and isinstance(value, int | float):
+                    self.tensorboard.add_scalar(prefix + key, value, entry["step"])
 
     def images(self, step: int, images: np.ndarray, prompts: list[str]) -> None:
         """Keep generated ``images`` [B, 3, H, W] uint8 in RUN/drawn, and show each on TensorBoard under its prompt."""
-        drawn.save_step(self.path.parent, step, images, prompts)
-        for image, prompt in zip(images, prompts, strict=True):
-            self.tensorboard.add_image(f"samples/{prompt}", image, step)
+        with self._goes_on_without(f"pictures of step {step:,}"):
+            drawn.save_step(self.path.parent, step, images, prompts)
+        if "TensorBoard" in self._failed:
+            return
+        with self._goes_on_without("TensorBoard"):
+            for image, prompt in zip(images, prompts, strict=True):
+                self.tensorboard.add_image(f"samples/{prompt}", image, step)
 
     def sync(self) -> None:
-        """Bring every line to the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Bring every line to the disk, as far as it takes them."""
+        self._file.sync()
 
     def close(self) -> None:
-        self.sync()
         self._file.close()
-        self.tensorboard.close()
+        if "TensorBoard" not in self._failed:
+            with self._goes_on_without("TensorBoard"):
+                self.tensorboard.close()
+
+    @contextmanager
+    def _goes_on_without(self, what: str) -> Iterator[None]:
+        """Storage that fails in the block, such as a full disk, costs ``what``, and does not end the training."""
+        try:
+            yield
+        except (OSError, DataFileError) as error:
+            reason = error.problem if isinstance(error, DataFileError) else error.strerror
+            say(f"{self.path.parent}: the run goes on without {what} ({reason})")
+            self._failed.add(what)
+
+
+def _say_nothing_of_errors_in(threads: set[threading.Thread]) -> None:
+    """TensorBoard's thread hands its error to the next call, which says it; its traceback is not wanted."""
+    usual = threading.excepthook
+
+    def hook(args):
+        if args.thread not in threads:
+            usual(args)
+
+    threading.excepthook = hook
 
 
 def _finite(value):

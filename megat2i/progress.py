@@ -13,6 +13,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from megat2i.printable import printable
+
 FIRST_LINE, LINE_EVERY = 3.0, 20.0  # seconds, in a log file
 FIRST_BAR, BAR_EVERY = 0.5, 0.2  # seconds, in a terminal
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
@@ -37,7 +39,7 @@ def count(number: int, noun: str) -> str:
 
 def say(line: str) -> None:
     """Print one line to the standard output, above a bar if there is one."""
-    tqdm.write(line, file=sys.stdout)
+    tqdm.write(printable(line), file=sys.stdout)
     sys.stdout.flush()  # else a log file holds it after the lines of progress that follow
 
 
@@ -53,7 +55,7 @@ class Progress:
     """
 
     def __init__(self, total: int | None, what: str, unit: str, initial: int = 0):
-        self.total, self.what, self.unit, self.done, self.skipped = total, what, unit, initial, initial
+        self.total, self.what, self.unit, self.done, self.skipped = total, printable(what), unit, initial, initial
         self._note, self._started, self._lines = "", time.monotonic(), 0
         self._bar: tqdm | None = None
         self._terminal = sys.stderr.isatty()
@@ -78,7 +80,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """What stands behind the numbers from now on, such as a loss."""
-        self._note = text
+        self._note = printable(text)
 
     def close(self) -> None:
         """Show the last state, if any was shown before, and stop. A second call does nothing."""

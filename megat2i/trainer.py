@@ -28,6 +28,7 @@ from megat2i.optim.finite import not_finite
 from megat2i.optim.schedule import learning_rate
 from megat2i.parallel.invariants import unequal_copy
 from megat2i.pipeline import Pipeline
+from megat2i.printable import printable
 from megat2i.progress import say
 from megat2i.progress_marks import mark
 from megat2i.runtime import Backend
@@ -39,6 +40,9 @@ NON_FINITE_STEPS = 10  # in a row, after which a run has diverged for good
 
 class RunError(RuntimeError):
     """A run that cannot start or go on; the message says what to do."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 def train_step(

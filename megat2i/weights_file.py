@@ -22,6 +22,7 @@ from megat2i.progress import progress
 REMEDY = "Pass the original file, or download it again"
 WRAPPERS = ("state_dict", "model")  # names under which training checkpoints hold their weights
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"  # Hugging Face's names
+MAXIMUM_TENSORS = 100_000  # of one file
 SHARD_BYTES = 5_000_000_000  # of a file that we write, as Hugging Face does
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -35,6 +36,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], str]:
     sha256 = file_sha256(path)
     if _is_safetensors(path):
         try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                _require_few(path, len(file.keys()))
             return _tensors(path, safetensors.torch.load_file(path), WRAPPERS), sha256
         except safetensors.SafetensorError as error:
             raise _damaged(path, error) from error
@@ -95,7 +98,7 @@ class WeightFiles:
         try:
             listed = json.loads((self.path / INDEX).read_text())["weight_map"]
             files = sorted(set(listed.values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataFileError(self.path / INDEX, f"not an index of safetensors files ({error!r})", REMEDY) from error
         for file in files:
             if Path(file).name != file:
@@ -109,7 +112,9 @@ class WeightFiles:
         _begin(path)
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                names = file.keys()
+                _require_few(path, len(names))
+                for name in names:
                     part = file.get_slice(name)
                     dtype = next((dtype for dtype, code in DTYPES.items() if code == part.get_dtype()), None)
                     if dtype is None:
@@ -197,10 +202,26 @@ def _tensors(path: str | Path, content: Mapping, wrappers: tuple[str, ...]) -> d
     if odd or not tensors:
         what = f"holds {str(odd[0])!r:.60}, which is not a tensor" if odd else "holds no tensor"
         raise DataFileError(path, f"not a file of weights: it {what}", REMEDY)
+    _require_few(path, len(tensors))
+    if hollow := next((name for name, value in tensors.items() if not _filled(value)), None):
+        raise DataFileError(path, f"{hollow} has more numbers than the file holds for it", REMEDY)
     return dict(tensors)
 
 
+def _filled(tensor: Tensor) -> bool:
+    """Whether every number of ``tensor`` has a place of its own: not so if it is expanded, sparse or on no device."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
+
+
+def _require_few(path: str | Path, tensors: int) -> None:
+    if tensors > MAXIMUM_TENSORS:
+        raise DataFileError(path, f"holds {tensors:,} tensors, more than {MAXIMUM_TENSORS:,}", REMEDY)
+
+
 def _read_torch(path: str | Path) -> Mapping:
+    _require_stored(path)
     try:
         # Mapped where the format allows: a training checkpoint's optimizer state is then never read.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -221,6 +242,20 @@ def _read_torch(path: str | Path) -> Mapping:
     if not isinstance(content, Mapping):
         raise DataFileError(path, f"not a file of weights: it holds a {type(content).__name__}", REMEDY)
     return content
+
+
+def _require_stored(path: str | Path) -> None:
+    """DataFileError for a zip file with compressed members, which may unpack to any size; torch.save writes none."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = next((one for one in archive.infolist() if one.compress_type != zipfile.ZIP_STORED), None)
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
+        raise DataFileError(path, f"a truncated, damaged or foreign file ({error})", REMEDY) from error
+    if packed:
+        problem = f"{packed.filename} inside it is compressed, which torch.save never does"
+        raise DataFileError(path, problem, REMEDY)
 
 
 def _names_parameter_groups(path: str | Path) -> bool:

@@ -261,3 +261,36 @@ def test_what_may_change_on_a_resume():
         "training.evaluate_samples",
         *(f"sampling.{name}" for name in ("prompts", "temperature", "top_k", "top_p", "guidance")),
     } == EXECUTION
+
+
+@pytest.mark.parametrize("value", ["runs/${oc.env:HOME}", "${oc.env:NO,${oc.env:HOME}}", "${${model.norm}:HOME}"])
+def test_no_resolver_reads_the_environment(tmp_path, value):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"run: {{dir: '{value}'}}\n")
+    for overrides, where in ([], str(path)), ([f"run.dir={value}"], "command line"):
+        if overrides:
+            path.write_text("run: {}\n")
+        with pytest.raises(ConfigError) as caught:
+            load(path, overrides)
+        assert str(caught.value).startswith(f"{where}: run.dir: resolvers such as ${{oc.env:...}} are not allowed")
+
+
+def test_keys_of_a_section_may_refer_to_each_other(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {hidden: 64, ffn: '${model.hidden}'}\n")
+    assert load(path).model.ffn == 64
+
+
+@pytest.mark.parametrize("content", ["a: " + "[" * 100_000, "a: " + "[" * 30_000 + "]" * 30_000, "{a: " * 30_000])
+def test_yaml_that_is_nested_deep_is_an_error(tmp_path, content):
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match="nested more than 50 deep"):
+        load(path)
+
+
+def test_yaml_of_megabytes_is_an_error(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("#" * (1 << 20) + "\n")
+    with pytest.raises(ConfigError, match="more than 1,048,576 bytes"):
+        load(path)

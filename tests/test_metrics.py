@@ -2,12 +2,16 @@
 
 import json
 import math
+import resource
+import shutil
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megat2i.files import DataFileError
 from megat2i.metrics import MetricsLog, StepMetrics, peak_flops
 
 STEP_KEYS = [
@@ -150,3 +154,64 @@ def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
 
 def test_the_peak_of_a_cpu_is_not_known():
     assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
+
+
+@contextmanager
+def files_up_to(size):
+    """No file of this process may become longer than ``size`` bytes: a disk that is full, for everybody but root."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What is said; the limit on files would hold for a captured output too."""
+    lines = []
+    for module in ("metrics", "record_file"):
+        monkeypatch.setattr(f"megat2i.{module}.say", lines.append)
+    return lines
+
+
+def test_a_full_disk_does_not_end_a_training(tmp_path, said, capsys):
+    log = write_steps(tmp_path, [1])
+    with files_up_to((tmp_path / "metrics.jsonl").stat().st_size + 100):  # in the middle of the next line
+        for step in (2, 3, 4):
+            log.write({"step": step, **measured().as_dict()})
+            log.images(step, np.random.default_rng(0).integers(0, 255, (2, 3, 64, 64), np.uint8), ["a", "b"])
+            log.sync()
+        with suppress(OSError):  # as its own timer would do it
+            log.tensorboard.flush()
+        log.write({"step": 5, **measured().as_dict()})
+    log.write({"step": 6, **measured().as_dict()})
+    log.close()
+    assert [entry["step"] for entry in read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert sum("its lines wait in memory" in line for line in said) == 1
+    assert sum("goes on without TensorBoard (File too large)" in line for line in said) == 1
+    assert sum("goes on without pictures" in line for line in said) == 3 and len(said) == 5
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_lines_that_are_lost_are_counted(tmp_path, said, monkeypatch):
+    monkeypatch.setattr("megat2i.record_file.WAITING", 3)
+    log = write_steps(tmp_path, [1])
+    with files_up_to(0):
+        for step in range(2, 8):
+            log.write({"step": step, **measured().as_dict()})
+        log._file.close()
+    assert said[-1] == f"{tmp_path}/metrics.jsonl: 6 lines could not be written and are lost"
+
+
+def test_a_removed_run_folder_is_one_sentence(tmp_path):
+    log = write_steps(_made(tmp_path / "run"), [1])
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(DataFileError, match="metrics.jsonl: was removed while the run goes on"):
+        log.write({"step": 2, **measured().as_dict()})
+
+
+def _made(folder):
+    folder.mkdir()
+    return folder

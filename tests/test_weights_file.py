@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import safetensors.torch
@@ -10,7 +11,7 @@ import torch
 
 from megat2i import weights_file
 from megat2i.files import DataFileError, pending_folder
-from megat2i.weights_file import Spec, WeightFiles, write_weights
+from megat2i.weights_file import Spec, WeightFiles, read_checkpoint, write_weights
 
 TENSORS = {
     "a": torch.arange(6.0).reshape(2, 3),
@@ -146,3 +147,35 @@ def test_a_conversion_takes_less_memory_than_one_shard(tmp_path, form):
     assert streamed < 40_000_000
     assert torch.equal(weights.load(tmp_path / "streamed").read(name), expected)
     assert measured("whole") > total - 40_000_000
+
+
+def refused_by_both_readers(path, match):
+    for read in (read_checkpoint, WeightFiles):
+        with pytest.raises(DataFileError, match=match):
+            read(path)
+
+
+def test_compressed_members_of_a_zip_are_refused_unread(tmp_path):
+    torch.save({"a": torch.zeros(4)}, tmp_path / "plain")
+    with zipfile.ZipFile(tmp_path / "plain") as plain, zipfile.ZipFile(tmp_path / "x", "w", zipfile.ZIP_DEFLATED) as z:
+        for name in plain.namelist():
+            z.writestr(name, plain.read(name) + bytes(10**7 if name.endswith("data.pkl") else 0))
+    refused_by_both_readers(tmp_path / "x", "data.pkl inside it is compressed, which torch.save never does")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(1).expand(10**12), torch.zeros(10**10, device="meta"), torch.eye(3).to_sparse()],
+    ids=["expanded", "meta", "sparse"],
+)
+def test_tensors_without_their_numbers_are_refused(tmp_path, tensor):
+    torch.save({"a": tensor}, tmp_path / "x")
+    refused_by_both_readers(tmp_path / "x", "a has more numbers than the file holds for it|holds 'a'|foreign file")
+
+
+def test_hundreds_of_thousands_of_tensors_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights_file, "MAXIMUM_TENSORS", 3)
+    safetensors.torch.save_file(TENSORS, tmp_path / "x")
+    refused_by_both_readers(tmp_path / "x", "holds 4 tensors, more than 3")
+    torch.save(TENSORS, tmp_path / "y")
+    refused_by_both_readers(tmp_path / "y", "holds 4 tensors, more than 3")

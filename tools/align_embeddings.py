@@ -33,6 +33,7 @@ from megat2i.files import DataFileError, write_file
 from megat2i.interrupt import leave_on_interrupt, stopped
 from megat2i.model.pretrained import open_pretrained
 from megat2i.pretrain import pretrain
+from megat2i.printable import ArgumentParser
 from megat2i.runtime import Backend, is_first_rank
 from megat2i.tokenizers.text import load_text_tokenizer
 from megat2i.trainer import RunError
@@ -86,7 +87,7 @@ def write_report(settings: Config, folders: dict[str, Path]) -> None:
 
 def main() -> None:
     """Read the command line and align."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("--resume", action="store_true", help="continue what is in run.dir")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="set a field of the configuration")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megat2i.files import DataFileError
+from megat2i.printable import ArgumentParser
 
 MACHINE = {"tokens_per_s", "step_s", "mfu"}  # they tell the speed of the machine, not what was learnt
 Records = dict[tuple[int, str], dict]
@@ -31,7 +32,7 @@ class Difference(NamedTuple):
 
 def main() -> int:
     """Print the table; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs=2, metavar="RUN", help="run folder or metrics.jsonl")
     parser.add_argument("--tolerance", type=float, help="largest relative difference that passes")
     arguments = parser.parse_args()

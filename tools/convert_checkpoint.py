@@ -34,6 +34,7 @@ from megat2i.model import expand, huggingface, open_lm, weights
 from megat2i.model.pretrained import open_pretrained, shape_differences
 from megat2i.model.weights import TABLES, ModelWeights
 from megat2i.optim.engine import WEIGHT
+from megat2i.printable import ArgumentParser
 from megat2i.runtime import DTYPES
 from megat2i.tokenizers import export
 from megat2i.trainer import RunError
@@ -41,7 +42,7 @@ from megat2i.weights_file import file_sha256
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", type=Path, metavar="INPUT", help="a file of open_lm, a folder, or a run's folder")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="the folder to make")
     parser.add_argument(

@@ -17,13 +17,14 @@ from megat2i.evaluate.quality import BATCH_SIZE, REPLICATES, FeatureNet, measure
 from megat2i.evaluate.reconstruction import measure_reconstruction
 from megat2i.files import DataFileError, store_path, write_file
 from megat2i.interrupt import said_on_interrupt
+from megat2i.printable import ArgumentParser
 from megat2i.tokenizers.image import load_image_tokenizer
 
 NUMBERS = ("fid", "precision", "recall", "psnr", "ssim", "clip_score", "standard_error")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     fid = commands.add_parser("fid", help="FID, precision and recall of generated images against a reference")
     fid.add_argument("--reference", type=Path, required=True, metavar="DIR|FILE", help="images, or saved features")

@@ -26,6 +26,7 @@ from megat2i.files import DataFileError, write_file
 from megat2i.generate import BATCH_SIZE, Sampler
 from megat2i.interrupt import said_on_interrupt
 from megat2i.pictures import enlarge, save_png, sheet
+from megat2i.printable import ArgumentParser
 from megat2i.progress import Progress, count, waiting
 from megat2i.runtime import DTYPES
 
@@ -33,7 +34,7 @@ GRID_COLUMNS, GRID_IMAGES = 8, 64
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="run folder, e.g. runs/demo")
     parser.add_argument("--prompts", nargs="*", default=[], metavar="PROMPT")
     parser.add_argument(

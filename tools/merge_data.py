@@ -16,13 +16,12 @@ from megat2i.data.codebook_use import CodebookUse
 from megat2i.data.merge import merge_datasets
 from megat2i.data.sizes import captions_in_words
 from megat2i.files import DataFileError
+from megat2i.printable import ArgumentParser
 
 
 def main() -> None:
     description, _, more = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=description, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="a PREFIX.shards folder, or a prefix")
     parser.add_argument("--output-prefix", type=Path, required=True, metavar="PREFIX")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")

@@ -21,13 +21,14 @@ from megat2i.planner.layout import Job
 from megat2i.planner.measured import Measured
 from megat2i.planner.ranking import plan
 from megat2i.planner.report import report, validation
+from megat2i.printable import ArgumentParser
 
 BEGIN, END = "# --- plan ---", "# --- end of plan ---"
 
 
 def main() -> None:
     """Print a plan or the validation."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="YAML file of the model and the batch")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="set a field of the configuration")
     parser.add_argument("--gpus", type=int, default=64, help="number of GPUs, eight in a node (default: 64)")

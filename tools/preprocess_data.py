@@ -39,6 +39,7 @@ from megat2i.data.shards import check_tars, whole_files
 from megat2i.data.sizes import captions_in_words
 from megat2i.data.sources import find_parts, other_files
 from megat2i.files import DataFileError
+from megat2i.printable import ArgumentParser
 from megat2i.tokenizers.image import NETWORKS, load_image_tokenizer
 from megat2i.tokenizers.movqgan import MoVQGAN
 from megat2i.tokenizers.patch import PatchTokenizer
@@ -50,7 +51,7 @@ PATCH_DEFAULTS = {"image_size": 32, "patch_size": 4, "codebook_size": 512}
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     description, _, examples = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="what to read: see below")

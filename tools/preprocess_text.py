@@ -16,13 +16,14 @@ from megat2i.data.manifest import Source
 from megat2i.data.sources import describe_source
 from megat2i.data.text_store import write_text_store
 from megat2i.files import DataFileError, store_path
+from megat2i.printable import ArgumentParser
 from megat2i.progress import count, progress
 from megat2i.tokenizers.text import load_text_tokenizer
 
 
 def main() -> None:
     """Write the store that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", type=Path, required=True, metavar="FILE")
     parser.add_argument("--text-tokenizer", type=Path, required=True, metavar="FILE", help="of the language model")
     parser.add_argument("--output-prefix", type=Path, required=True, metavar="PREFIX")

@@ -24,11 +24,12 @@ from megat2i.data import wordnet
 from megat2i.data.indexed import IndexedDataset
 from megat2i.experiments.text_probe import ANSWERS, SHOTS, TextModel, questions
 from megat2i.files import DataFileError, write_file
+from megat2i.printable import ArgumentParser
 
 
 def main() -> None:
     """Probe every checkpoint of every run and write one JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained", type=Path, required=True, metavar="DIR", help="what model.pretrained names")
     parser.add_argument("--runs", nargs="+", type=Path, required=True, metavar="RUN", help="of one data and length")
     parser.add_argument("--prompts", type=Path, required=True, help="one prompt a line")

@@ -35,13 +35,14 @@ from megat2i.experiments.report import write_report
 from megat2i.files import DataFileError
 from megat2i.html_page import table
 from megat2i.model.cost import model_parameters
+from megat2i.printable import ArgumentParser
 from megat2i.runtime import fast_bfloat16
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=tuple(SCALES), required=True)
     parser.add_argument("--only", nargs="+", choices=tuple(EXPERIMENTS), help="figures and tables (default: all)")
     parser.add_argument("--dry-run", action="store_true", help="check every configuration, print commands and budget")

@@ -28,6 +28,7 @@ from megat2i.data.manifest import Manifest, TokenCounts, digest_file
 from megat2i.data.stored_pictures import stored_pictures
 from megat2i.files import DataFileError, store_path
 from megat2i.pictures import save_png, sheet
+from megat2i.printable import ArgumentParser, printable
 from megat2i.progress import Progress
 from megat2i.vocab import IMAGE, TEXT
 from megat2i.weights_file import file_sha256
@@ -39,9 +40,7 @@ digest_once = functools.cache(file_sha256)  # the shards of a job have their tok
 
 def parse_arguments() -> argparse.Namespace:
     description, _, more = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=description, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", type=Path, metavar="PREFIX")
     for option in GIVEN.values():
         parser.add_argument(option, type=Path, metavar="FILE", help="default: where the manifest says")
@@ -201,7 +200,7 @@ def main() -> None:
     for prefix in prefixes:
         for line in faults(prefix, given):
             found += 1
-            print(f"FAULT {line}", flush=True)
+            print(f"FAULT {printable(line)}", flush=True)
     if args.grid and not found:
         try:
             draw(prefixes, given, args.samples, args.grid)

@@ -28,6 +28,7 @@ from megat2i.files import DataFileError, read_json_object, write_file
 from megat2i.generate import Sampler
 from megat2i.interrupt import said_on_interrupt
 from megat2i.pictures import save_png
+from megat2i.printable import ArgumentParser
 from megat2i.progress import Progress
 
 SOURCE = "openmoji"  # as the manifest of tools/preprocess_data.py names it
@@ -35,7 +36,7 @@ SOURCE = "openmoji"  # as the manifest of tools/preprocess_data.py names it
 
 def main() -> None:
     """Make the files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="run folder of the demo")
     parser.add_argument("--readme", type=Path, metavar="FOLDER", help="also make the README's pictures there")
     arguments = parser.parse_args()

@@ -5,11 +5,16 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from megat2i.printable import printable
+
 SENTENCE_BYTES = 1024
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message names the file and the remedy."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 def together(action: Callable[[], None], what: str) -> None:

@@ -9,10 +9,12 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import islice
 
 import torch
 
+from megat2i.data.deadly import DecodingGuard
 from megat2i.data.images import CROPS as SQUARES
 from megat2i.data.images import UnreadableImage, fit_square, to_tensor
 from megat2i.data.samples import Part, Refused, Sample
@@ -33,14 +35,17 @@ def readable(
     report: Callable[[int], None],
     batch: int = BATCH,
     threads: int = 1,
+    guard: DecodingGuard | None = None,
 ) -> Iterator[tuple[list[Sample], torch.Tensor]]:
     """Batches of readable samples with their images uint8 [B, 3, size, size]; the others go to ``refused``.
 
-    ``report`` is called with the number of samples, readable or not, since its last call.
+    ``report`` is called with the number of samples, readable or not, since its last call. ``guard`` knows what
+    must not be decoded.
     """
     with ThreadPoolExecutor(threads) as decoders, ThreadPoolExecutor(1) as reader:
         ahead = max(batch // CHUNK, 2 * threads)  # chunks under way beyond the next batch
-        decoded = _in_order(part.samples(), functools.partial(decode, size=size, crop=crop), decoders, ahead)
+        work = functools.partial(decode, size=size, crop=crop, guard=guard)
+        decoded = _in_order(enumerate(part.samples()), work, decoders, ahead)
         batches = _batches(decoded, batch)
         coming = reader.submit(next, batches, None)
         while (found := coming.result()) is not None:
@@ -68,7 +73,9 @@ def _batches(decoded, batch: int) -> Iterator[tuple[list[Sample], list[torch.Ten
         yield samples, images, refused
 
 
-def _in_order(samples: Iterator[Sample | Refused], work: Callable, decoders: Executor, ahead: int) -> Iterator:
+def _in_order(
+    samples: Iterator[tuple[int, Sample | Refused]], work: Callable, decoders: Executor, ahead: int
+) -> Iterator:
     """What ``work`` makes of chunks of ``samples``, one by one in their order; ``ahead`` chunks are under way."""
     coming = deque()
     for chunk in iter(lambda: list(islice(samples, CHUNK)), []):
@@ -79,12 +86,20 @@ def _in_order(samples: Iterator[Sample | Refused], work: Callable, decoders: Exe
         yield from coming.popleft().result()
 
 
-def decode(samples: Iterable[Sample | Refused], size: int, crop: str) -> list[tuple]:
-    """(sample, its image uint8 [3, size, size]) of each, or (Refused, None)."""
+def decode(
+    samples: Iterable[tuple[int, Sample | Refused]], size: int, crop: str, guard: DecodingGuard | None = None
+) -> list[tuple]:
+    """(sample, its image uint8 [3, size, size]) of each of the numbered ``samples``, or (Refused, None)."""
     decoded = []
-    for sample in samples:
+    for number, sample in samples:
+        if guard and number in guard.reasons:
+            sample = Refused(sample.name, guard.reasons[number])
+        if isinstance(sample, Refused):
+            decoded.append((sample, None))
+            continue
         try:
-            decoded.append((sample, None if isinstance(sample, Refused) else _square(sample, size, crop)))
+            with guard.decoding(number) if guard else nullcontext():
+                decoded.append((sample, _square(sample, size, crop)))
         except UnreadableImage as error:
             decoded.append((Refused(sample.name, str(error)), None))
     return decoded

@@ -21,15 +21,16 @@ import PIL
 import torch
 
 from megat2i.data.codebook_use import CodebookUse
+from megat2i.data.deadly import DecodingGuard
 from megat2i.data.decoding import BATCH, decode, readable
 from megat2i.data.indexed import IndexedDataset, IndexedWriter
 from megat2i.data.manifest import ImageContent, Manifest, Source, TextContent, TokenCounts, relative_path
 from megat2i.data.merge import write_ledger
-from megat2i.data.samples import Part, Refused
+from megat2i.data.samples import Part, Refused, Sample
 from megat2i.data.sources import describe_source, source_identity
 from megat2i.files import DataFileError, store_path, write_file
 from megat2i.tokenizers.image import ImageTokenizer, load_image_tokenizer
-from megat2i.tokenizers.text import TextTokenizer, load_text_tokenizer
+from megat2i.tokenizers.text import TextTokenizer, UnencodableText, load_text_tokenizer
 from megat2i.vocab import IMAGE, TEXT
 
 UINT16_IDS = 1 << 16
@@ -126,14 +127,16 @@ def _write_part(
     dtype = np.uint16 if max(text.vocab_size, image.codebook_size) <= UINT16_IDS else np.int32
     # The digest of the source is taken beside the decoding and somewhat ahead of it, which then finds the file in
     # memory: it comes from the disk once.
-    with ThreadPoolExecutor(1) as hashing, IndexedWriter(prefix, dtype) as writer:
+    size, crop = image.image_size, encoding.crop
+    guard = DecodingGuard(part, prefix, fingerprint, threads, functools.partial(decode, size=size, crop=crop))
+    with guard, ThreadPoolExecutor(1) as hashing, IndexedWriter(prefix, dtype) as writer:
         described = hashing.submit(describe_source, part.source) if part.opens_source else None
-        for samples, images in readable(part, image.image_size, encoding.crop, refused, report, BATCH, threads):
+        for samples, images in readable(part, size, crop, refused, report, BATCH, threads, guard):
             codes = image.encode(images).numpy()
-            captions = text.encode([sample.caption for sample in samples])
-            for sample, ids, image_codes in zip(samples, captions, codes, strict=True):
-                if not ids:
-                    refused.append(Refused(sample.name, "the tokenizer gives no token for the caption"))
+            for sample, image_codes in zip(samples, codes, strict=True):
+                ids = _text_ids(text, sample)
+                if isinstance(ids, Refused):
+                    refused.append(ids)
                     continue
                 ids = np.asarray(ids, dtype=np.int64)
                 writer.add_document([ids, image_codes], [TEXT, IMAGE])
@@ -143,7 +146,7 @@ def _write_part(
                 written.add(IMAGE, image_codes)
         name = Path(os.path.abspath(part.source)).name
         source = Source(name, written.documents, *(described.result() if described else ()))
-    rows = ({"source": part.source, "sample": one.name, "reason": one.reason} for one in refused)
+    rows = (one.ledger_row(part.source) for one in refused)
     write_ledger(prefix, (json.dumps(row).encode() + b"\n" for row in rows))
     codebook = CodebookUse.of_store(IndexedDataset(prefix), image.codebook_size)
     write_file(store_path(prefix, ".codebook.json"), codebook.content())
@@ -151,7 +154,16 @@ def _write_part(
     manifest = _manifest(source, encoding, prefix, written, np.dtype(dtype).name, writer.digests)
     manifest.write(prefix)
     manifest.verify(prefix)
+    guard.forget()
     return manifest, len(refused)
+
+
+def _text_ids(text: TextTokenizer, sample: Sample) -> list[int] | Refused:
+    try:
+        ids = text.encode([sample.caption])[0]
+    except UnencodableText as error:
+        return Refused(sample.name, str(error))
+    return ids or Refused(sample.name, "the tokenizer gives no token for the caption")
 
 
 def code_agreement(parts: Sequence[Part], encoding: Encoding) -> tuple[int, float] | None:
@@ -171,7 +183,7 @@ def code_agreement(parts: Sequence[Part], encoding: Encoding) -> tuple[int, floa
     share = -(-wanted // max(1, len(chosen)))
     images, codes, equal = 0, 0, 0
     for part in chosen:
-        decoded = (decode([sample], image.image_size, encoding.crop)[0][1] for sample in part.samples())
+        decoded = (decode([(0, sample)], image.image_size, encoding.crop)[0][1] for sample in part.samples())
         found = itertools.islice((pixels for pixels in decoded if pixels is not None), share)
         for batch in iter(lambda found=found: list(itertools.islice(found, BATCH)), []):
             pixels = torch.stack(batch)

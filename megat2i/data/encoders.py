@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from megat2i.data.encode_part import EncodedPart, Encoding, encode_part, open_tokenizers, use_device
+from megat2i.data.images import share_turn
 from megat2i.data.samples import Part
 from megat2i.files import DataFileError
 from megat2i.progress import Progress
@@ -67,9 +68,10 @@ def _run_here(jobs, encoding: Encoding, _: int, threads: int, progress: _Progres
 
 def _run_processes(jobs, encoding: Encoding, processes: int, threads: int, progress: _Progress):
     context = get_context("spawn")  # the same on every platform; forking a process that has threads is not safe
-    done_samples, started = context.Value("q", 0), context.Value("i", 0)
+    shared = context.Value("q", 0), context.Value("i", 0), context.Lock()
+    done_samples = shared[0]
     waiting, running, shown, others = iter(enumerate(jobs)), {}, 0, set(active_children())
-    with ProcessPoolExecutor(processes, context, _start_worker, (done_samples, started)) as pool:
+    with ProcessPoolExecutor(processes, context, _start_worker, shared) as pool:
         try:
             while True:
                 for number, (part, prefix) in islice(waiting, 2 * processes - len(running)):
@@ -84,7 +86,10 @@ def _run_processes(jobs, encoding: Encoding, processes: int, threads: int, progr
                     encoded = future.result()
                     yield running.pop(future), encoded
         except BrokenProcessPool as error:
-            remedy = "Often its memory ran out: use fewer --workers. The same command goes on where it was"
+            remedy = (
+                "Often its memory ran out: use fewer --workers. The same command goes on where it was, and refuses a "
+                "picture that kills its decoder"
+            )
             unfinished = sorted(number for future, number in running.items() if not future.done() or future.exception())
             sources = ", ".join(dict.fromkeys(jobs[number][0].source for number in unfinished[:processes]))
             problem = f"a worker process was killed; under way were parts of {sources}"
@@ -102,9 +107,10 @@ def _run_processes(jobs, encoding: Encoding, processes: int, threads: int, progr
 _done_samples = None  # in a worker: the shared number of samples done by all
 
 
-def _start_worker(done_samples, started) -> None:
+def _start_worker(done_samples, started, turn) -> None:
     global _done_samples
     _done_samples = done_samples
+    share_turn(turn)
     torch.set_num_threads(1)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else every worker keeps an idle thread per core
     with started.get_lock():

@@ -24,6 +24,7 @@ from megat2i.data.merge import ledger_lines, only_writer, write_dataset, write_l
 from megat2i.data.samples import Part, Sample
 from megat2i.data.sizes import SUSPICIOUS_MEAN
 from megat2i.files import DataFileError, store_path
+from megat2i.printable import printable
 from megat2i.vocab import TEXT
 
 
@@ -80,4 +81,4 @@ def _longest(parts: Sequence[Part], prefixes: Sequence[Path], encoding: Encoding
     part, text = parts[int(np.argmax(lengths))], open_tokenizers(encoding)[0]
     samples = (sample for sample in part.samples() if isinstance(sample, Sample))
     sample = max(samples, key=lambda sample: len(text.encode([sample.caption])[0]))
-    return f"{part.source}: {sample.name}"
+    return printable(f"{part.source}: {sample.name}")

@@ -10,6 +10,8 @@ from PIL import Image
 
 BLOCK = 256  # samples of a part where the input has no pieces of its own
 CAPTION_KEYS = ("caption", "text")  # of a JSON object
+MAXIMUM_CAPTION_BYTES = 2**20  # of a caption, or of the file that holds one alone
+LEDGER_TEXT = 1000  # characters of a name or a reason
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -29,6 +31,10 @@ class Refused:
     name: str
     reason: str
 
+    def ledger_row(self, source: str) -> dict[str, str]:
+        """Its row in the ledger; names and reasons are other people's text, and may be long."""
+        return {"source": source, "sample": shortened(self.name), "reason": shortened(self.reason)}
+
 
 class Part(Protocol):
     """A piece of work."""
@@ -42,6 +48,12 @@ class Part(Protocol):
 
     def samples(self) -> Iterator[Sample | Refused]:
         """The samples in their order. Only a sample's ``image`` decodes it: at any time, in any thread."""
+
+
+def shortened(text: str) -> str:
+    """``text``, with its middle left out where it is longer than LEDGER_TEXT."""
+    half = LEDGER_TEXT // 2
+    return text if len(text) <= LEDGER_TEXT else f"{text[:half]} ... {text[-half:]}"
 
 
 def file_identity(path: str | Path) -> str:
@@ -69,6 +81,8 @@ def clean_caption(value) -> str:
     caption = value.removeprefix("\ufeff").strip()
     if not caption:
         raise ValueError("empty caption")
+    if len(caption) > MAXIMUM_CAPTION_BYTES:
+        raise ValueError(f"a caption of {len(caption):,} characters, more than {MAXIMUM_CAPTION_BYTES:,}")
     try:
         caption.encode()
     except UnicodeEncodeError as error:

@@ -21,6 +21,7 @@ from megat2i.data.images import MAXIMUM_BYTES, UnreadableImage, decode_image
 from megat2i.data.samples import (
     BLOCK,
     IMAGE_SUFFIXES,
+    MAXIMUM_CAPTION_BYTES,
     Refused,
     Sample,
     clean_caption,
@@ -30,8 +31,8 @@ from megat2i.data.samples import (
 )
 from megat2i.files import DataFileError, raise_if_transient, storage_errors
 
-MAXIMUM_CAPTION_BYTES = 2**20  # of a .txt or .json member
 MAXIMUM_NAME = 1024  # characters of a member's name
+MAXIMUM_MEMBERS = 100  # of a sample
 PARQUET_IMAGES = ("image", "jpg", "image_bytes")
 PARQUET_CAPTIONS = ("caption", "text", "TEXT")
 PARQUET_BATCH = 32  # rows held in memory at a time
@@ -72,7 +73,8 @@ class TarPart:
                 if group:
                     yield _tar_sample(file, key, group)
                 key, group = member_key, {}
-            group[ending] = member
+            if len(group) <= MAXIMUM_MEMBERS:
+                group[ending] = member
         if group:
             yield _tar_sample(file, key, group)
 
@@ -83,7 +85,7 @@ def check_tars(parts: Sequence) -> None:
         try:
             with tarfile.open(path, "r:"):
                 pass
-        except (tarfile.TarError, OSError, RecursionError, MemoryError) as error:
+        except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError, MemoryError) as error:
             remedy = "Pass an uncompressed .tar file, or remove this one from the list"
             raise DataFileError(path, f"not a readable tar archive ({error})", remedy) from error
 
@@ -127,6 +129,8 @@ def _problem(member: tarfile.TarInfo) -> str | None:
 
 
 def _tar_sample(file, key: str, group: dict[str, tarfile.TarInfo]) -> Sample | Refused:
+    if len(group) > MAXIMUM_MEMBERS:
+        return Refused(key, f"more than {MAXIMUM_MEMBERS} files")
     image = next((group[suffix] for suffix in IMAGE_SUFFIXES if suffix in group), None)
     if image is None:
         return Refused(key, f"no image: its files are {', '.join(group)}")
@@ -188,19 +192,29 @@ class ParquetPart:
         row = self.row
         try:
             with pq.ParquetFile(self.source) as file:
+                columns = {file.schema.column(number).path for number in range(len(file.schema))}
+            # A dictionary stays one: a long caption that all rows share is in memory once.
+            dictionary = [self.caption] if self.caption in columns else None  # not where it has an inner structure
+            with pq.ParquetFile(self.source, read_dictionary=dictionary) as file:
                 groups = range(self.first, self.last)
                 columns = [self.image, self.caption]
                 for batch in file.iter_batches(PARQUET_BATCH, groups, columns, use_threads=False):
                     for image, caption in zip(batch[self.image], batch[self.caption], strict=True):
                         yield _parquet_sample(f"row {row}", image, caption)
                         row += 1
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # ValueError: names that are not UTF-8
+            if isinstance(error, DataFileError):
+                raise
             raise_if_transient(self.source, error)
             yield Refused(f"rows {row} to {self.row + self.expected - 1}", f"the file is damaged here: {error}")
 
 
 def _parquet_sample(name: str, image: pa.Scalar, caption: pa.Scalar) -> Sample | Refused:
     try:
+        text = caption.value if isinstance(caption, pa.DictionaryScalar) else caption
+        known = isinstance(text, pa.StringScalar | pa.LargeStringScalar) and text.is_valid
+        if known and (length := text.as_buffer().size) > MAXIMUM_CAPTION_BYTES:
+            return Refused(name, f"a caption of {length:,} bytes, more than {MAXIMUM_CAPTION_BYTES:,}")
         return Sample(name, clean_caption(caption.as_py()), functools.partial(_parquet_image, image))
     except UnicodeDecodeError:
         return Refused(name, "the caption is not UTF-8")
@@ -221,7 +235,7 @@ def parquet_parts(path: Path) -> list[ParquetPart]:
     try:
         with pq.ParquetFile(path) as file:
             schema, metadata = file.schema_arrow, file.metadata
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataFileError(path, f"not a readable Parquet file ({error})", "Write or copy it again") from error
     image = next((name for name in PARQUET_IMAGES if name in schema.names and _has_bytes(schema.field(name))), None)
     caption = next((name for name in PARQUET_CAPTIONS if name in schema.names), None)

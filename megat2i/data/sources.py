@@ -21,6 +21,7 @@ from megat2i.data.images import decode_image, read_image_file
 from megat2i.data.samples import (
     BLOCK,
     IMAGE_SUFFIXES,
+    MAXIMUM_CAPTION_BYTES,
     Part,
     Refused,
     Sample,
@@ -30,11 +31,12 @@ from megat2i.data.samples import (
     first_caption,
 )
 from megat2i.data.shards import TarPart, check_tars, parquet_parts
-from megat2i.files import DataFileError, raise_if_transient, storage_errors
+from megat2i.files import DataFileError, bounded_lines, read_regular_file, storage_errors
 from megat2i.progress import count
 from megat2i.weights_file import file_sha256
 
 IMAGE_KEYS = ("image", "file_name")
+MAXIMUM_LINE = 8 * MAXIMUM_CAPTION_BYTES  # of a JSONL file: JSON may write a character as six
 METADATA = "metadata.jsonl"  # of a folder: the captions of its images, as Hugging Face writes them
 KINDS = "a folder of images, a .jsonl file, WebDataset .tar shards, .parquet files or the word openmoji"
 
@@ -86,9 +88,11 @@ class FolderPart:
     def samples(self) -> Iterator[Sample | Refused]:
         for name in self.names:
             try:
-                caption = decode_caption(Path(self.source, _caption_file(name)).read_bytes())
+                file = os.path.join(self.source, _caption_file(name))
+                caption = decode_caption(read_regular_file(file, MAXIMUM_CAPTION_BYTES))
+            except DataFileError:
+                raise
             except OSError as error:
-                raise_if_transient(os.path.join(self.source, _caption_file(name)), error)
                 yield Refused(name, f"no caption: {Path(_caption_file(name)).name}: {error.strerror}")
             except ValueError as error:
                 yield Refused(name, str(error))
@@ -145,10 +149,13 @@ class JsonlPart:
 
     def identity(self) -> str:
         """The lines themselves, and the files they name; the rest of the JSONL file does not matter."""
-        lines = [hashlib.sha256(self._read()).hexdigest()]
-        for _, _, path in filter(lambda row: row[2], self._rows()):
-            lines.append(file_identity(path))
-        return "\n".join(lines)
+        content = hashlib.sha256()
+        with storage_errors(self.path), open(self.path, "rb") as file:
+            file.seek(self.start)
+            for start in range(self.start, self.end, MAXIMUM_LINE):
+                content.update(file.read(min(MAXIMUM_LINE, self.end - start)))
+        files = [file_identity(path) for _, _, path in self._rows() if path]
+        return "\n".join([content.hexdigest(), *files])
 
     def samples(self) -> Iterator[Sample | Refused]:
         for name, caption, path in self._rows():
@@ -157,17 +164,21 @@ class JsonlPart:
             else:
                 yield Sample(name, caption, functools.partial(_decode_file, path))
 
-    def _read(self) -> bytes:
+    def _lines(self) -> Iterator[tuple[int, bytes | None]]:
+        """(number, content) of the lines; None for one that is too long."""
         with storage_errors(self.path), open(self.path, "rb") as file:
             file.seek(self.start)
-            return file.read(self.end - self.start)
+            yield from enumerate(bounded_lines(file, MAXIMUM_LINE, self.end), self.line)
 
     def _rows(self) -> Iterator[tuple[str, str, str | None]]:
         """(name, caption, path of the image) of every line; (name, reason, None) for one that cannot be used."""
-        for number, line in enumerate(self._read().split(b"\n"), self.line):
+        for number, line in self._lines():
+            name = f"line {number}"
+            if line is None:
+                yield name, f"more than {MAXIMUM_LINE:,} bytes", None
+                continue
             if not line.strip():
                 continue
-            name = f"line {number}"
             try:
                 row = json.loads(line)
                 if not isinstance(row, dict):
@@ -191,8 +202,8 @@ def jsonl_parts(path: Path, source: str | None = None) -> list[JsonlPart]:
     parts, start, first, filled = [], 0, 1, 0
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                filled += 1 if line.strip() else 0
+            for number, line in enumerate(bounded_lines(file, MAXIMUM_LINE), 1):
+                filled += 1 if line is None or line.strip() else 0
                 if filled == BLOCK:
                     parts.append(JsonlPart(source or str(path), str(path), start, file.tell(), first, filled))
                     start, first, filled = file.tell(), number + 1, 0

@@ -5,7 +5,9 @@ never as the special token of that name, and no tokenizer adds tokens of its own
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -13,8 +15,14 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from megat2i.files import DataFileError, PendingFile, commit
+from megat2i.tokenizers.growth import MAXIMUM_GROWTH, growth
 
+MAXIMUM_IDS = 1 << 24  # of a vocabulary: a model has a row for each
 BYTES = 256  # the least vocabulary of a byte-level tokenizer
+
+
+class UnencodableText(ValueError):
+    """A text on which a tokenizer fails; the message says how."""
 
 
 class TextTokenizer(Protocol):
@@ -27,7 +35,7 @@ class TextTokenizer(Protocol):
     unknown_id: int | None  # of what is not in the vocabulary; None where every byte has an id
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens."""
+        """Ids of each text, without special tokens. Raises UnencodableText."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``."""
@@ -47,8 +55,13 @@ class JsonTokenizer:
         content = _read(self.path)
         self.sha256 = hashlib.sha256(content).hexdigest()
         try:
-            self._tokenizer = Tokenizer.from_buffer(content)
-        except ValueError as error:  # what the library raises, for bad JSON and for a bad model alike
+            _require_bounded_growth(self.path, content)
+            with _panics_as_errors():
+                self._tokenizer = Tokenizer.from_buffer(content)
+        except DataFileError:
+            raise
+        # What the library raises for bad JSON and for a bad model alike, and Python's JSON reader for a nested one.
+        except (ValueError, RecursionError) as error:
             remedy = "Pass a tokenizer.json written by the Hugging Face tokenizers library"
             raise DataFileError(self.path, f"not a tokenizer of the tokenizers library ({error})", remedy) from error
         self._tokenizer.no_truncation()
@@ -57,6 +70,9 @@ class JsonTokenizer:
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if self.vocab_size == 0:
             raise DataFileError(self.path, "a tokenizer without a vocabulary", "Train it first")
+        if self.vocab_size > MAXIMUM_IDS:
+            problem = f"its largest id is {self.vocab_size - 1:,}, and a model has a row for each up to {MAXIMUM_IDS:,}"
+            raise DataFileError(self.path, problem, "Number its tokens from 0 without large gaps")
         unknown = getattr(self._tokenizer.model, "unk_token", None)  # a Unigram model has it by id, inside
         self.unknown_id = None if unknown is None else self._tokenizer.token_to_id(unknown)
 
@@ -64,10 +80,34 @@ class JsonTokenizer:
         # Batches of one: a larger one would keep every core busy in each of our worker processes.
         # Fast: without the place of each token in the text, which nobody asks for here; a seventh faster.
         encode = self._tokenizer.encode_batch_fast
-        return [encode([text], add_special_tokens=False)[0].ids for text in texts]
+        with _panics_as_errors():
+            return [encode([text], add_special_tokens=False)[0].ids for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """UnencodableText where the library's Rust code panics: an error that has no class to be named, and no base class.
+
+    Such an error would end a job as a Ctrl-C does.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise UnencodableText(f"the tokenizer fails on it ({str(error)[:200]})") from error
+
+
+def _require_bounded_growth(path: Path, content: bytes) -> None:
+    settings = json.loads(content)
+    if not isinstance(settings, dict):
+        return
+    if growth(settings.get("normalizer")) * growth(settings.get("pre_tokenizer")) > MAXIMUM_GROWTH:
+        problem = f"its normalizer can make a text more than {MAXIMUM_GROWTH} times as long"
+        raise DataFileError(path, problem, "Pass a tokenizer from a source that you trust")
 
 
 class SentencePieceTokenizer:

@@ -181,3 +181,78 @@ def test_files_that_never_end_are_refused(tmp_path):
     with pytest.raises(UnreadableImage, match="No such file"):
         read_image_file(tmp_path / "none.png")
     assert decode_image(read_image_file(tmp_path / "image.png"), 32).size == (64, 48)
+
+
+def progressive(side: int, scans: int) -> bytes:
+    """A blank progressive JPEG whose last scan is there so often that it has ``scans``."""
+    content = encoded(Image.new("L", (side, side)), "JPEG", quality=1, progressive=True)
+    last = content[content.rfind(b"\xff\xda") : -2]
+    return content[:-2] + last * (scans - content.count(b"\xff\xda")) + b"\xff\xd9"
+
+
+def refusal(content: bytes) -> str:
+    with pytest.raises(UnreadableImage) as caught:
+        decode_image(content, 8)
+    return str(caught.value)
+
+
+def test_scans_of_a_jpeg_are_counted_before_it_is_decoded():
+    assert decode_image(progressive(16, 100), 8).size == (16, 16)
+    assert refusal(progressive(16, 10_900)) == "10,900 scans, more than 100 for 16 x 16 pixels"
+    assert refusal(progressive(7990, 26)) == "26 scans, more than 25 for 7,990 x 7,990 pixels"
+
+
+def test_what_only_looks_like_scans_is_none():
+    content = encoded(half_and_half(), "JPEG", progressive=True)
+    segment = b"\xff\xe5" + (2 + 400).to_bytes(2, "big") + b"\xff\xda" * 200
+    with_trailer = content[:2] + segment + content[2:] + b"\xff\xda" * 1000
+    assert near(corners(with_trailer)[0], RED)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        encoded(Image.new("L", (8, 8)), "JPEG")[:2] + b"\xff\xfe\0\2" * 70_000 + b"\xff\xda",
+        encoded(Image.new("L", (8, 8)), "JPEG")[:2] + b"\xff" * 70_000 + b"\xff\xda",
+        encoded(Image.new("L", (8, 8)), "JPEG")[:2] + b"a" * 70_000 + b"\xff\xda",
+        encoded(Image.new("L", (8, 8)))[:33] + chunk(b"abCd", b"") * 70_000,
+    ],
+    ids=["comments", "fill", "stray", "chunks"],
+)
+def test_millions_of_pieces_are_refused(content):
+    assert refusal(content) == "its header has more than 65,536 pieces"
+
+
+def test_a_side_has_a_limit_of_its_own():
+    assert refusal(png_claiming(1, 64_000_000)) == "1 x 64,000,000 pixels, more than 65,535 a side"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_a_large_picture_is_made_rgb_band_by_band_and_reduced(monkeypatch, mode):
+    image = Image.effect_noise((200, 150), 90).convert("RGB")
+    if mode == "RGBA":
+        image.putalpha(Image.effect_noise((200, 150), 90))
+    content = encoded(image.convert("P") if mode == "P" else image)
+    plain = decode_image(content, 16)
+    monkeypatch.setattr("megat2i.data.images.BAND_PIXELS", 200 * 20)
+    assert np.array_equal(decode_image(content, 16), plain), "bands change nothing"
+    monkeypatch.setattr("megat2i.data.images.LARGE_BYTES", 0)
+    assert np.array_equal(decode_image(content, 16), plain.reduce(150 // 32))
+
+
+def test_one_large_picture_at_a_time(monkeypatch):
+    inside = []
+
+    class Turn:
+        def __enter__(self):
+            inside.append("in")
+
+        def __exit__(self, *_):
+            inside.append("out")
+
+    monkeypatch.setattr("megat2i.data.images._turn", Turn())
+    decode_image(encoded(half_and_half()), 8)
+    assert inside == []
+    monkeypatch.setattr("megat2i.data.images.LARGE_BYTES", 64 * 48 * 8 - 1)
+    decode_image(encoded(half_and_half()), 8)
+    assert inside == ["in", "out"]

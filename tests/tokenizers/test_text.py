@@ -1,5 +1,6 @@
 """Text tokenizers: lossless where they promise it, blind to special tokens in captions, refused when broken."""
 
+import json
 import subprocess
 import sys
 import unicodedata
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megat2i.files import DataFileError
-from megat2i.tokenizers.text import load_text_tokenizer, train_text_tokenizer
+from megat2i.tokenizers.growth import growth
+from megat2i.tokenizers.text import UnencodableText, load_text_tokenizer, train_text_tokenizer
 
 CAPTIONS = [
     f"a {colour} {thing}, {n} of them" for colour in ("red", "blue") for thing in ("car", "cat") for n in range(9)
@@ -128,3 +130,56 @@ def test_a_bad_file_is_one_error_that_names_it(tmp_path, name, content, problem)
     with pytest.raises(DataFileError, match=problem) as error:
         load_text_tokenizer(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
+
+
+def changed(trained, path, change):
+    """A tokenizer file that is the trained one after ``change``."""
+    settings = json.loads(trained.path.read_text())
+    change(settings)
+    path.write_text(json.dumps(settings))
+    return path
+
+
+def replace(content, **pattern):
+    return {"type": "Replace", "pattern": pattern or {"String": "a"}, "content": content}
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        replace("a" * 10_000_000),
+        replace("a" * 100, Regex=""),
+        {"type": "Sequence", "normalizers": [replace("aa")] * 30},
+        {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [replace("a" * 9)] * 2}] * 2},
+        {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 1000},
+    ],
+    ids=["long", "empty match", "doubling", "nested", "many"],
+)
+def test_a_normalizer_that_makes_text_much_longer_is_refused(trained, tmp_path, normalizer):
+    path = changed(trained, tmp_path / "t.json", lambda settings: settings.update(normalizer=normalizer))
+    with pytest.raises(DataFileError, match="its normalizer can make a text more than 64 times as long"):
+        load_text_tokenizer(path)
+
+
+def test_normalizers_in_use_are_taken():
+    llama = [{"type": "Prepend", "prepend": "\u2581"}, replace("\u2581", String=" ")]
+    t5 = [{"type": "Precompiled"}, replace("\u2581", Regex=" {2,}")]
+    assert growth({"type": "Sequence", "normalizers": llama}) == 1
+    assert growth({"type": "Sequence", "normalizers": t5}) == 2
+
+
+def test_a_panic_of_the_library_is_a_text_that_cannot_be_encoded(trained, tmp_path):
+    def backtracking(settings):
+        pattern = {"Regex": "(x+x+)+y"}
+        settings["pre_tokenizer"] = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+
+    tokenizer = load_text_tokenizer(changed(trained, tmp_path / "t.json", backtracking))
+    with pytest.raises(UnencodableText, match="the tokenizer fails on it"):
+        tokenizer.encode(["x" * 60])
+    assert tokenizer.encode(["red"])[0], "and goes on"
+
+
+def test_an_id_of_billions_is_refused(trained, tmp_path):
+    path = changed(trained, tmp_path / "t.json", lambda settings: settings["model"]["vocab"].update(zz=4 * 10**9))
+    with pytest.raises(DataFileError, match="its largest id is 4,000,000,000"):
+        load_text_tokenizer(path)
