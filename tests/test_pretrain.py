@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megat2i import config
 from megat2i import pretrain as pretrain_module
+from megat2i.data.manifest import Manifest
 from megat2i.runtime import Backend
 from megat2i.topology import ParallelGroups
 from megat2i.vocab import SPECIAL, TEXT
@@ -336,10 +337,8 @@ def test_held_out_text_is_text_alone(provided, text_store, tiny_store):
 ])  # fmt: skip
 def test_held_out_text_of_another_tokenizer_is_refused(provided, text_store, tmp_path, field, value, problem):
     shutil.copytree(text_store, tmp_path / "prose")
-    manifest = tmp_path / "prose" / "valid.json"
-    content = json.loads(manifest.read_text())
-    content["text"][field] = value
-    manifest.write_text(json.dumps(content))
+    manifest = Manifest.read(tmp_path / "prose/valid")
+    replace(manifest, text=replace(manifest.text, **{field: value})).write(tmp_path / "prose/valid")
     with pytest.raises(RankError, match=problem):
         provided(valid_text=str(tmp_path / "prose" / "valid"))
 

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from megat2i.config import ConfigError
+from megat2i.data.manifest import Manifest
 from megat2i.data.openmoji import Drawing, captioned_images
 from megat2i.drawn import DrawnStep
 from megat2i.files import DataFileError
@@ -141,8 +143,9 @@ def small_run(pretrain, tiny_store, demo, tmp_path_factory):
     """A run of six steps, with its report, on data that say they are OpenMoji; its first prompt is an attack."""
     folder = tmp_path_factory.mktemp("openmoji")
     shutil.copytree(tiny_store, folder / "data")
-    for manifest in (folder / "data/train.json", folder / "data/valid.json"):
-        manifest.write_text(manifest.read_text().replace('"name": "test"', '"name": "openmoji"'))
+    for prefix in (folder / "data/train", folder / "data/valid"):
+        manifest = Manifest.read(prefix)
+        replace(manifest, sources=(replace(manifest.sources[0], name="openmoji"),)).write(prefix)
     arguments = [f"data.train=[{{prefix: {folder}/data/train}}]", f"data.valid={folder}/data/valid"]
     arguments += [
         "training.sample_every=2",
