@@ -137,13 +137,14 @@ def test_the_console_tells_how_it_ended_and_what_is_next(started, tmp_path):
     lines = output.splitlines()
     assert any(line.startswith(said) for line in lines)
     assert re.search(r"^model: [\d,]+ parameters$", output, re.M)
-    assert lines[-4].startswith("stopped after step 5 of 6, in ") and lines[-4].endswith(f": the run is in {run}")
+    assert lines[-5].startswith("stopped after step 5 of 6, in ") and lines[-5].endswith(f": the run is in {run}")
     losses = [entry["loss/image"] for entry in record if "split" not in entry]
-    assert f"image {sum(losses) / 5:.3f}" in lines[-3] and "mean of the last 5 steps" in lines[-3]
-    assert lines[-2].startswith("held-out loss at step 3: ") and "--resume" in lines[-1]
+    assert f"image {sum(losses) / 5:.3f}" in lines[-4] and "mean of the last 5 steps" in lines[-4]
+    assert lines[-3].startswith("held-out loss at step 3: ") and "--resume" in lines[-1]
+    assert re.match(r"data: all of [\d,]+ bytes compared with their digests, ", lines[-2])
     output, _ = finish(started(run, "training.evaluate_every=3", "--resume"))
     lines = output.splitlines()
-    assert lines[-5].startswith("finished after step 6 of 6, ") and "last 6 steps" in lines[-4]
+    assert lines[-6].startswith("finished after step 6 of 6, ") and "last 6 steps" in lines[-5]
     assert lines[-2] == f"next: python tools/generate.py --run {run} --prompts 'a red apple'"
     assert "\r" not in output + errors
 

@@ -311,7 +311,8 @@ def _content(trial: Trial) -> dict:
     from megat2i.data.indexed import IndexedDataset
 
     store = IndexedDataset(trial.prefix)
-    arrays = (store.tokens, store.lengths, store.documents, store.modes)
+    tokens = store.read(0, int(store.lengths.sum()))
+    arrays = (tokens, store.lengths, store.documents, store.modes)
     digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
     return {"content": digest, "manifest": repr(store.manifest)}
 

@@ -119,7 +119,8 @@ def other_tokens(prefix: Path) -> bytes:
     """A .bin for the index of ``prefix`` in which every image code is another one."""
     store = IndexedDataset(prefix)
     image = np.repeat(store.modes, store.lengths) == 1
-    return np.where(image, (store.tokens + 7) % 64, store.tokens).astype(store.dtype).tobytes()
+    tokens = np.fromfile(store.bin_path, store.dtype)
+    return np.where(image, (tokens + 7) % 64, tokens).astype(store.dtype).tobytes()
 
 
 def state(checkpoint: Path) -> str:

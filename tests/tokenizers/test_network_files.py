@@ -198,8 +198,9 @@ def test_another_model_is_one_error(tmp_path, tensors, make, problem):
 def test_the_published_size_that_a_file_has_is_named(tmp_path):
     with torch.device("meta"):
         state = MoVQGAN(MoVQGAN.sizes["67M"]).state_dict()
-    # One element, shown as often as the shape asks for: the file is small.
-    torch.save({name: torch.zeros(1).expand(value.shape) for name, value in state.items()}, tmp_path / "x.ckpt")
+    torch.save(
+        {name: torch.zeros(value.shape, dtype=torch.uint8) for name, value in state.items()}, tmp_path / "x.ckpt"
+    )
     with pytest.raises(
         DataFileError, match=r"not a movqgan 270M model: .* \(and \d+ more .*Its sizes are those of 67M"
     ):

@@ -132,7 +132,7 @@ def test_a_run_folder_that_cannot_be_made_is_one_sentence(pretrain, tmp_path):
     process = pretrain(tmp_path / "run", f"run.dir={tmp_path / 'file/run'}")
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 1 and errors.splitlines()[-1].endswith(
-        "cannot be made (Not a directory): choose another run.dir"
+        "cannot be made or written (Not a directory): choose another run.dir"
     )
     assert "Traceback" not in errors
 
