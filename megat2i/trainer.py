@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megat2i import checkpoint
-from megat2i.checkpoint.agreement import first_sentence
 from megat2i.config import Config
 from megat2i.console import Console
 from megat2i.data.batches import Batch, Sample
@@ -83,7 +82,7 @@ def _global_counts(batches: list[Batch], groups: ParallelGroups, problem: DataFi
 
 def require_data(problem: DataFileError | None) -> None:
     """Raise on all ranks what the first of them that has a ``problem`` says of its data. Collective."""
-    sentence = first_sentence(None if problem is None else str(problem))
+    sentence = checkpoint.first_problem(None if problem is None else str(problem))
     if sentence is not None:
         raise problem if dist.get_world_size() == 1 else RunError(sentence)
 

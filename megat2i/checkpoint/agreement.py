@@ -7,8 +7,6 @@ import torch.distributed as dist
 
 from megat2i.printable import printable
 
-SENTENCE_BYTES = 1024
-
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message names the file and the remedy."""
@@ -71,22 +69,6 @@ def from_rank(source: int, numbers: list[int]) -> list[int]:
         values.copy_(torch.tensor(numbers, dtype=torch.int64))
     dist.broadcast(values, src=source)
     return values.tolist()
-
-
-def first_sentence(sentence: str | None) -> str | None:
-    """The sentence of the first rank that has one, cut to SENTENCE_BYTES; None where none has. Collective."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    first = torch.tensor(ranks if sentence is None else rank, device=_device())
-    dist.all_reduce(first, op=dist.ReduceOp.MIN)
-    if int(first) == ranks:
-        return None
-    content = torch.zeros(SENTENCE_BYTES, dtype=torch.uint8)
-    if int(first) == rank:
-        text = sentence.encode()[:SENTENCE_BYTES]
-        content[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    content = content.to(_device())
-    dist.broadcast(content, src=int(first))
-    return bytes(content.tolist()).rstrip(b"\0").decode(errors="replace")
 
 
 def _device() -> torch.device:
