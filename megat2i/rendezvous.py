@@ -208,8 +208,8 @@ def _listen(port: int) -> socket.socket:
         return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=1024)
     except OSError as error:
         raise ConfigError(
-            f"rank 0 cannot listen on port {port} ({os.strerror(error.errno)}), perhaps since another launch on this machine "
-            f"does: choose another one ({HOW_TO_CHOOSE})"
+            f"rank 0 cannot listen on port {port} of {os.uname().nodename} ({os.strerror(error.errno)}), perhaps since "
+            f"another launch does: choose another port ({HOW_TO_CHOOSE})"
         ) from error
 
 

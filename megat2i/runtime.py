@@ -102,6 +102,10 @@ class Backend:
             dist.barrier()  # no rank writes to the run folder before all have checked it
 
     @property
+    def launcher(self) -> str:
+        return self.launch.launcher
+
+    @property
     def rank(self) -> int:
         return self.launch.rank
 
@@ -127,7 +131,7 @@ class Backend:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor_name()
         return (
             f"device={self.device.type} ({name}) dtype={self.dtype_name} "
-            f"communication={self.communication} engine={self.engine} launcher={self.launch.launcher} "
+            f"communication={self.communication} engine={self.engine} launcher={self.launcher} "
             f"ranks={self.world_size} threads={torch.get_num_threads()}"
         )
 
