@@ -137,9 +137,8 @@ class _RollCall:
             await _say(writer, {"launch": self.launch.name})
             if call is None or call.launch != self.launch.name:
                 return
-            if call.rank in self.present:
-                other = self.present[call.rank].node
-                problem = f"rank {call.rank} is there already, from {other}: two launches meet at {_port(self.launch)}"
+            problem = self._refusal(call)
+            if problem:
                 await _say(writer, asdict(Verdict(problem)))
                 return
             self.present[call.rank], self.writers[call.rank] = call, writer
@@ -153,6 +152,17 @@ class _RollCall:
             return
         finally:
             writer.close()
+
+    def _refusal(self, call: Call) -> str:
+        if call.rank in self.present:
+            other = self.present[call.rank].node
+            return f"rank {call.rank} is there already, from {other}: two launches meet at {_port(self.launch)}"
+        if call.rank not in range(self.launch.world_size):
+            size = self.launch.world_size
+            return (
+                f"rank {call.rank} is none of this launch, whose rank 0 expects {size} ranks: start all with one size"
+            )
+        return ""
 
     async def _tell(self, verdicts: dict[int, Verdict]) -> None:
         for rank, verdict in verdicts.items():

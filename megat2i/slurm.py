@@ -59,8 +59,8 @@ class Step:
 
 
 def port(job: int, step: int, restart: int) -> int:
-    """The port at which the ranks meet: another one for neighboring jobs, steps and restarts."""
-    return FIRST_PORT + (job + 617 * step + 1303 * restart) % PORTS
+    """The port at which the ranks meet: for any 140 successive jobs, 4 steps and 8 restarts all differ."""
+    return FIRST_PORT + (job + 1135 * step + 1559 * restart) % PORTS
 
 
 def node_names(node_list: str) -> list[str]:
