@@ -6,6 +6,7 @@ is one line of JSON: a rank's call, then rank 0's greeting and, when all are the
 """
 
 import asyncio
+import errno
 import json
 import os
 import socket
@@ -69,7 +70,7 @@ def meet(launch: Launch, limit: float = ROLL_CALL_S) -> tuple[dist.Store, int]:
     deadline = time.monotonic() + limit
     board = _board(launch)
     if launch.rank == 0:
-        with _listen(0 if board else launch.port) as listener:
+        with _listen(launch, 0 if board else launch.port) as listener:
             if board:
                 board.set("port", str(listener.getsockname()[1]))
             return asyncio.run(_RollCall(launch, limit).hold(listener))
@@ -211,42 +212,62 @@ async def _say(writer: asyncio.StreamWriter, message: dict) -> None:
     await writer.drain()
 
 
-def _listen(port: int) -> socket.socket:
+def _listen(launch: Launch, port: int) -> socket.socket:
     both = socket.has_dualstack_ipv6()
     try:
         family = socket.AF_INET6 if both else socket.AF_INET
         return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=1024)
     except OSError as error:
+        reason = os.strerror(error.errno)
+        if error.errno == errno.EADDRINUSE:
+            reason = f"{reason} by {_holder(launch, port)}"
         raise ConfigError(
-            f"rank 0 cannot listen on port {port} of {os.uname().nodename} ({os.strerror(error.errno)}), perhaps since "
-            f"another launch does: choose another port ({HOW_TO_CHOOSE})"
+            f"rank 0 cannot listen on port {port} of {launch.node} ({reason}): choose another port ({HOW_TO_CHOOSE})"
         ) from error
 
 
 HOW_TO_CHOOSE = "deepspeed and torchrun: --master_port, srun: export MASTER_PORT, or submit again without it"
 
 
+def _holder(launch: Launch, port: int) -> str:
+    """Who listens on a ``port`` of this machine."""
+    with suppress(OSError), socket.create_connection(("localhost", port), timeout=GREETING_S) as connection:
+        return _stranger(launch, _greeted(launch, connection, _Lines(connection))) or "a launch of the same name"
+    return "another program"
+
+
 def _answer_the_roll(launch: Launch, port: int, deadline: float) -> Verdict:
     with _connected(launch, port, deadline) as connection:
-        line = _Lines(connection)
-        try:
-            connection.sendall(json.dumps(asdict(Call.of(launch))).encode() + b"\n")
-            greeting = line.next(time.monotonic() + GREETING_S)
-        except OSError as error:
-            raise _stranger(launch, port, "another program") from error
-        if greeting is None or greeting.get("launch") != launch.name:
-            name = greeting.get("launch") if greeting else None
-            raise _stranger(launch, port, f"another launch ({name})" if name else "another program")
-        try:
-            verdict = line.next(time.monotonic() + ROLL_CALL_S + GREETING_S)
-        except OSError:
-            verdict = None
+        lines = _Lines(connection)
+        stranger = _stranger(launch, _greeted(launch, connection, lines))
+        if stranger:
+            raise ConfigError(
+                f"rank {launch.rank} on {launch.node} met {stranger} at port {port} of {launch.host}, not its own "
+                f"({launch.name}): choose another port ({HOW_TO_CHOOSE})"
+            )
+        verdict = lines.next(time.monotonic() + ROLL_CALL_S + GREETING_S)
     if verdict is None:
         raise ConfigError(
             f"rank {launch.rank} on {launch.node} came to the roll call, but rank 0 ended during it: see what rank 0 "
             "said, and start again"
         )
     return Verdict(**verdict)
+
+
+def _greeted(launch: Launch, connection: socket.socket, lines: "_Lines") -> str | None:
+    """Call, and the name of the launch that answers; None where no rank 0 does."""
+    with suppress(OSError):  # of a program that takes no such call
+        connection.sendall(json.dumps(asdict(Call.of(launch))).encode() + b"\n")
+        greeting = lines.next(time.monotonic() + GREETING_S)
+        return greeting.get("launch") if greeting else None
+    return None
+
+
+def _stranger(launch: Launch, name: str | None) -> str:
+    """Who it is that answers with ``name``; empty where it is this launch."""
+    if name is None:
+        return "another program"
+    return "" if name == launch.name else f"another launch ({name})"
 
 
 def _connected(launch: Launch, port: int, deadline: float) -> socket.socket:
@@ -268,13 +289,6 @@ def _unreachable(launch: Launch, where: str) -> ConfigError:
     )
 
 
-def _stranger(launch: Launch, port: int, who: str) -> ConfigError:
-    return ConfigError(
-        f"rank {launch.rank} on {launch.node} found {who} at port {port} of {launch.host}, not this one "
-        f"({launch.name}): choose another port ({HOW_TO_CHOOSE})"
-    )
-
-
 def _port(launch: Launch) -> str:
     return f"port {launch.port} of {launch.host}"
 
@@ -286,17 +300,21 @@ class _Lines:
         self.connection, self.arrived = connection, b""
 
     def next(self, deadline: float) -> dict | None:
-        """The object in the next line; None where none comes before ``deadline``. Raises OSError."""
+        """The object in the next line; None where none comes before ``deadline`` or the connection ends."""
         self.connection.settimeout(1.0)
         while b"\n" not in self.arrived and len(self.arrived) < LONGEST_LINE:
             if time.monotonic() > deadline:
                 return None
             beat()
-            with suppress(TimeoutError):
+            try:
                 piece = self.connection.recv(1 << 16)
-                if not piece:
-                    return None
-                self.arrived += piece
+            except TimeoutError:
+                continue
+            except OSError:
+                return None
+            if not piece:
+                return None
+            self.arrived += piece
         line, _, self.arrived = self.arrived.partition(b"\n")
         with suppress(ValueError):
             message = json.loads(line)
