@@ -157,7 +157,8 @@ class _RollCall:
     def _refusal(self, call: Call) -> str:
         if call.rank in self.present:
             other = self.present[call.rank].node
-            return f"rank {call.rank} is there already, from {other}: two launches meet at {_port(self.launch)}"
+            twice = f"rank {call.rank} is there already, from {other}"
+            return f"{twice}: two launches of the same name meet at {_port(self.launch)}, end one of them"
         if call.rank not in range(self.launch.world_size):
             size = self.launch.world_size
             return (
@@ -172,7 +173,8 @@ class _RollCall:
 
     def _problem(self) -> str:
         if self.departed:
-            return f"rank {self.departed.rank} on {self.departed.node} left while others were missing: see what it said"
+            who = f"rank {self.departed.rank} on {self.departed.node}"
+            return f"{who} left during the roll call: see what it said, and start again"
         present = self.present.values()
         node_of = {rank: call.node for call in present for rank in call.ranks_here}
         absent = [rank for rank in range(self.launch.world_size) if rank not in self.present]

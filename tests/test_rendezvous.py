@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 from launched import SRUN, free_port
 
+from megat2i import rendezvous
 from megat2i.config import ConfigError
 from megat2i.launch import Launch
-from megat2i.rendezvous import GREETING_S, Call, meet, shares
+from megat2i.rendezvous import Call, meet, shares
 from megat2i.slurm import Step
 
-LIMIT = 1.5  # seconds of a roll call in which ranks are missing
+LIMIT = 1.0  # seconds of a roll call in which ranks are missing
 PATIENCE = 30.0  # of one in which they only come late on a busy machine
 
 
@@ -104,16 +105,16 @@ def test_missing_ranks_and_their_nodes_are_named_by_all_that_are_there(ranks):
     """Of n1 there is one rank of two; nobody of n2 has come."""
     results = ranks(4, limit=LIMIT).start(0).results()
     seconds, said = results[0]
-    assert said.startswith("ranks 1, 3 on n2, rank 2 on n1 are missing after 1.5 s; there: rank 0 on n1. ")
+    assert said.startswith("ranks 1, 3 on n2, rank 2 on n1 are missing after 1 s; there: rank 0 on n1. ")
     assert LIMIT <= seconds < LIMIT + 2
     results = ranks(4, limit=LIMIT).start(0, 1, 3).results()
     assert {said for _, said in results.values()} == {results[0][1]}
-    assert results[0][1].startswith("rank 2 on n1 is missing after 1.5 s; there: rank 0 on n1, ranks 1, 3 on n2. See ")
+    assert results[0][1].startswith("rank 2 on n1 is missing after 1 s; there: rank 0 on n1, ranks 1, 3 on n2. See ")
 
 
 def test_a_launcher_that_tells_no_nodes_names_the_ranks(ranks):
     said = ranks(4, limit=LIMIT, launcher="deepspeed").start(0).results()[0][1]
-    assert said.startswith(f"ranks 1-3 are missing after 1.5 s; there: rank 0 on {os.uname().nodename}. ")
+    assert said.startswith(f"ranks 1-3 are missing after 1 s; there: rank 0 on {os.uname().nodename}. ")
 
 
 @pytest.mark.parametrize(("host", "reason"), [("127.0.0.1", "Connection refused"), ("no-such-host", "not known")])
@@ -130,7 +131,7 @@ def test_a_rank_that_leaves_during_the_roll_call_is_not_waited_for(ranks):
     launch.processes.pop(1).kill()
     launch.readers.pop(1)
     assert {said for _, said in launch.results().values()} == {
-        "rank 1 on n2 left while others were missing: see what it said"
+        "rank 1 on n2 left during the roll call: see what it said, and start again"
     }
     assert time.monotonic() - started < PATIENCE / 2
 
@@ -165,7 +166,8 @@ def test_the_second_of_two_equal_ranks_is_refused(ranks):
     first = ranks(3).start(0, 1)
     time.sleep(0.5)
     said = ranks(3, port=first.port).start(1).results()[1][1]
-    assert said == f"rank 1 is there already, from n2: two launches meet at port {first.port} of 127.0.0.1"
+    there = f"rank 1 is there already, from n2: two launches of the same name meet at port {first.port} of 127.0.0.1"
+    assert said == f"{there}, end one of them"
     first.start(2)
     assert [total for _, total, _ in first.results().values()] == [3.0] * 3
 
@@ -182,11 +184,12 @@ def test_another_program_at_the_port_is_said_at_once(ranks, answer):
     assert "met another program at port" in said and seconds < 5
 
 
-def test_a_store_of_another_program_is_not_joined(ranks):
+def test_a_store_of_another_program_is_not_joined(ranks, monkeypatch):
     """PyTorch's own store says nothing to strangers, and a client of it would wait for its answer forever."""
+    monkeypatch.setattr(rendezvous, "GREETING_S", 1.0)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     seconds, said = ranks(2, port=store.port).start(1).results()[1]
-    assert "met another program at port" in said and seconds < GREETING_S + 5
+    assert "met another program at port" in said and seconds < 10
 
 
 def test_what_others_send_to_rank_0_does_no_harm(ranks):
