@@ -27,6 +27,7 @@ ROLL_CALL_S = 60.0
 # Rank 0 greets at once: who says nothing for so long is another program.
 GREETING_S = 10.0
 RETRY_S = 0.1
+HEAD_START_S = 2.0  # for what rank 0 says: srun may end all tasks when the first one fails
 LONGEST_LINE = 1 << 20
 
 
@@ -50,9 +51,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the launch ends, or the port of the store and the number of threads for the rank that is told."""
+    """The port of the store and the number of threads for the rank that is told, or why it ends.
+
+    ``over``: all ranks end, and rank 0 says why.
+    """
 
     problem: str = ""
+    over: bool = False
     store: int = 0
     threads: int = 0
 
@@ -60,7 +65,8 @@ class Verdict:
 def meet(launch: Launch, limit: float = ROLL_CALL_S) -> tuple[dist.Store, int]:
     """The store that all ranks share, and how many threads this rank may start. Collective.
 
-    Raises ConfigError where a rank is missing after ``limit`` seconds, or where another launch or program has the port.
+    Raises ConfigError where another launch or program has the port, and on rank 0 where a rank is missing after
+    ``limit`` seconds: the others that are there end without a word, by SystemExit.
     """
     if launch.host is None or launch.port is None:
         raise ConfigError(
@@ -76,6 +82,9 @@ def meet(launch: Launch, limit: float = ROLL_CALL_S) -> tuple[dist.Store, int]:
             return asyncio.run(_RollCall(launch, limit).hold(listener))
     port = _announced(board, launch, deadline) if board else launch.port
     verdict = _answer_the_roll(launch, port, deadline)
+    if verdict.over:
+        time.sleep(HEAD_START_S)
+        raise SystemExit(1)
     if verdict.problem:
         raise ConfigError(verdict.problem)
     return _join_store(launch.host, verdict.store), verdict.threads
@@ -110,7 +119,7 @@ class _RollCall:
         try:
             problem = self._problem()
             if problem:
-                await self._tell({rank: Verdict(problem) for rank in self.writers})
+                await self._tell({rank: Verdict(problem, over=True) for rank in self.writers})
                 raise ConfigError(problem)
             store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             threads = shares(list(self.present.values()))
