@@ -24,7 +24,7 @@ from megat2i.data.batches import TrainingData, evaluation_batches
 from megat2i.data.t2i_dataset import T2IDataset, require_same_tokenizers
 from megat2i.data.verification import ReadAt
 from megat2i.files import DataFileError
-from megat2i.interrupt import EXIT_CODE, leave_on_interrupt, stopped
+from megat2i.interrupt import leave_on_interrupt, stopped
 from megat2i.kernels import choose_ops
 from megat2i.loss import ModalityLoss
 from megat2i.model import pretrained
@@ -118,7 +118,7 @@ def main() -> None:
     leave_on_interrupt(partial(stopped, Path(config.run.dir)) if first else None)
     config, request = pretrain(config, arguments.resume, (model_provider, data_provider, loss_provider))
     if request:
-        sys.exit(EXIT_CODE if request.leaving == "SIGINT" else 0)
+        sys.exit(request.exit_code)
     for line in next_steps(config) if first else ():
         say(line)
 

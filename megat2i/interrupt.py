@@ -28,6 +28,7 @@ LOOK_EVERY = 0.5  # seconds between two looks at the launcher
 EXIT_CODE = 128 + signal.SIGINT  # as shells have it
 ORPHANED = 1  # exit code where the launcher has ended
 LAUNCHER_ENDED = 0  # beside the numbers of signals
+INTERRUPTED = "interrupted"  # file of a run folder: its launch has saved and left before the end
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 LEAVE = (signal.SIGINT, signal.SIGTERM)  # who sends them does not wait for ever
 TAKEN = (*LEAVE, signal.SIGUSR1, signal.SIGUSR2)
@@ -73,8 +74,10 @@ class Signals:
         self._reader, self._writer, self._launchers, self._sentence = reader, writer, launchers, sentence
         threading.Thread(target=self._listen, daemon=True, name="interrupt").start()
 
-    def answered_within(self, patience: Callable[[], float], peers: bool = False) -> None:
+    def answered_within(self, patience: Callable[[], float] | None, peers: bool = False) -> None:
         """From now on the main thread answers ``asked``; SIGINT and SIGTERM within ``patience()`` seconds.
+
+        With None it does not: the process leaves at once.
 
         A process whose main thread does not is ended: it may sit in a collective whose other ranks are gone. ``peers``:
         an answer needs all ranks, so that it is ended at once where one that the same launcher started has ended.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megat2i.checkpoint import longest_save
 from megat2i.files import DataFileError, read_json_object, write_file
-from megat2i.interrupt import SIGNALS
+from megat2i.interrupt import EXIT_CODE, INTERRUPTED, SIGNALS
 from megat2i.progress import say
 
 SIGNALED = {
@@ -26,7 +26,7 @@ TRIGGERS = ("triggers/exit", "triggers/save")
 TIME_LIMIT = "time limit"
 LEAVING = ("SIGINT", "SIGTERM", "SIGUSR1", TIME_LIMIT, "triggers/exit")  # the first that applies is the reason
 REASONS = (*LEAVING, "SIGUSR2", "triggers/save")
-INTERRUPTED, FINISHED = "interrupted", "finished"
+FINISHED = "finished"
 JOB_END = "triggers/job_end"
 
 LOOK_EVERY_S = 2.0  # between two looks for files
@@ -51,6 +51,11 @@ class SaveRequested(Exception):
     def leaving(self) -> str | None:
         """The reason to leave after the save; None where the training goes on."""
         return self.reasons[0] if self.reasons[0] in LEAVING else None
+
+    @property
+    def exit_code(self) -> int:
+        """Of the launch: as after any Ctrl-C, else 0, since nothing has failed."""
+        return EXIT_CODE if self.leaving == "SIGINT" else 0
 
     def __str__(self) -> str:
         return "Ctrl-C" if self.reasons[0] == "SIGINT" else self.reasons[0]
@@ -123,9 +128,9 @@ class SaveRequests:
                     (self._run_dir / name).unlink(missing_ok=True)
             self._files = []
 
-    def end(self) -> None:
-        """The training has ended: no signal asks for anything any more."""
-        SIGNALS.answered_within(lambda: PATIENCE_S)
+    def end(self, request: SaveRequested | None) -> None:
+        """The training has ended; where a ``request`` ended it, its signals may still arrive."""
+        SIGNALS.answered_within((lambda: PATIENCE_S) if request else None)
 
     def _look(self, now: float) -> None:
         if now - self._looked < LOOK_EVERY_S:

@@ -172,7 +172,7 @@ def train(run: Run, first_step: int) -> SaveRequested | None:
     run.requests.begin()
     if dist.get_rank() != 0:
         request = _train(run, steps, None, None)
-        run.requests.end()
+        run.requests.end(request)
         return request
     log = MetricsLog(run_dir, first_step, run.fence)
     console = Console(run_dir, run.config.data.mode, first_step, steps.stop - 1, training.steps)
@@ -188,7 +188,7 @@ def train(run: Run, first_step: int) -> SaveRequested | None:
         if steps.stop - 1 == training.steps:
             record_finished(run_dir, training.steps)
         console.end()
-    run.requests.end()
+    run.requests.end(request)
     return request
 
 
