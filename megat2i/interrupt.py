@@ -135,8 +135,12 @@ class Signals:
                 self._leave(number)
             return
         new = number not in LEAVE or not self.asked.intersection(LEAVE)
-        self.asked.add(number)
         self._asked_at[number] = now
+        self.asked.add(number)
+        if number == signal.SIGTERM and new and self._follows((signal.SIGINT,)):  # taken in the wrong order
+            number = signal.SIGINT
+            self._asked_at[number] = now
+            self.asked.add(number)
         if self._sentence is not None and new:
             tqdm.write(_new_line() + ANSWERS[number], file=sys.stderr)
             sys.stderr.flush()
