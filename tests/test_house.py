@@ -25,6 +25,8 @@ FLOORS = (
         "progress_marks",
         "watchdog",
         "vocab",
+        "run_owner",
+        "run_status",
         "runtime",
         "spikes",
         "topology",
@@ -36,6 +38,7 @@ FLOORS = (
     {
         "trainer",
         "console",
+        "status_screen",
         "metrics",
         "record_file",
         "generate",
