@@ -26,6 +26,7 @@ import torch.distributed as dist
 from megat2i.checkpoint.agreement import from_first_rank
 from megat2i.config import ConfigError
 from megat2i.files import DataFileError, fsync_folder
+from megat2i.last_words import leave
 from megat2i.processes import Process
 from megat2i.progress import waiting
 from megat2i.run_owner import FOLDER, HEARTBEAT_S, OWNED, RELEASED, Owner, heartbeat, holder, last_owner
@@ -67,6 +68,7 @@ class RunLock:
         reason = "another launch has taken it over" if _exists(self._next) else f"{self._path} was removed"
         sentence = f"error: this launch has lost its run folder, since {reason}: it ends here, nothing else is written"
         print(sentence, file=sys.stderr, flush=True)
+        leave()
         os._exit(1)
 
 

@@ -224,7 +224,7 @@ class RunStatus:
 
     def _alive(self) -> tuple[str, str]:
         age, began, usual = self._age("metrics.jsonl"), self._age("environment.json"), self._metrics.usual_step_s
-        verdict = self._said("verdict.txt", began)
+        verdict = self._said("*/verdict.txt", began)
         if verdict:
             return "standing still", verdict
         if age is None or not self._metrics.last or (began is not None and began < age):
@@ -251,12 +251,12 @@ class RunStatus:
         if alive is None:
             return "unknown", f"the folder has no lock, as runs of older versions; {last}"
         began = self._age("environment.json")
-        why = self._said("ended.txt", began) or self._said("verdict.txt", began)
+        why = self._said("*-ended.txt", began) or self._said("*/verdict.txt", began)
         return "dead", why or f"its processes have ended without a word; {last}; --resume continues"
 
-    def _said(self, name: str, began: float | None) -> str | None:
+    def _said(self, pattern: str, began: float | None) -> str | None:
         """The first line of what the watchdogs of this launch wrote, the newest first; ``began`` seconds ago."""
-        for path in sorted(self.run_dir.glob(f"hang/*/{name}")):
+        for path in sorted(self.run_dir.glob(f"hang/{pattern}")):
             try:
                 age, lines = self._now - path.stat().st_mtime, path.read_text(errors="replace").splitlines()
             except OSError:

@@ -19,6 +19,7 @@ FLOORS = (
         "config_rules",
         "files",
         "interrupt",
+        "last_words",
         "processes",
         "printable",
         "progress",

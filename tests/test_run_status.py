@@ -114,8 +114,8 @@ def of_an_older_version(run: Path) -> None:
 
 def dead_and_named(run: Path) -> None:
     dead(run)
-    (run / "hang" / "launch").mkdir(parents=True)
-    (run / "hang" / "launch" / "ended.txt").write_text("rank 1 on n2 has ended, step 41\nits stack\n")
+    (run / "hang").mkdir()
+    (run / "hang" / "launch-ended.txt").write_text("rank 1 on n2 has ended, step 41\nits stack\n")
 
 
 def still(run: Path) -> None:
