@@ -39,6 +39,7 @@ FLOORS = (
     {
         "trainer",
         "console",
+        "slowest_rank",
         "status_screen",
         "metrics",
         "record_file",
