@@ -5,10 +5,12 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
-from launched import free_port
+from launched import free_port, wait_for_step
+from test_watchdog import rank_one
 
 from megat2i import last_words
 from megat2i.pretrain import pretrain as pretrain_here
@@ -112,3 +114,23 @@ def test_without_it_the_others_say_that_they_lost_a_peer(hurt):
     """The control: what the sentence stands for."""
     said, _ = hurt(killed, limit=0.0)
     assert last_words.LOST_PEER.search(said) and "Traceback" in said and "has ended" not in said
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_under_a_launcher_the_sentence_is_the_last_line(pretrain, tmp_path, launcher):
+    number = {"deepspeed": "--num_accelerators", "torchrun": "--nproc-per-node"}[launcher]
+    command = (launcher, number, "2", "--master_port", str(free_port()))
+    settings = ("training.steps=100000", "runtime.self_test=false", "optimizer.engine=torch")
+    process = pretrain(tmp_path / "run", *settings, launcher=command)
+    try:
+        wait_for_step(tmp_path / "run", 5, process)
+        os.kill(rank_one(process.pid), signal.SIGKILL)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    sentence = f"rank 1 on {os.uname().nodename} has ended, step "
+    assert errors.splitlines()[-1].startswith(sentence) and (output + errors).count(sentence) == 1
+    assert "closed by peer" not in output + errors
