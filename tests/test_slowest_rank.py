@@ -42,7 +42,7 @@ def test_the_verdict(compute_s, data_s, rank, at, clearly):
     assert (named.rank, named.at, named.clearly) == (rank, at, clearly)
 
 
-def train(folder, steps: int, throttled: bool) -> float:
+def train(folder, steps: int, throttled: bool, reading_s: float = 0.0) -> float:
     """Seconds of this rank's steps; rank 1 may be throttled."""
     torch.set_num_threads(1)
     slowest, rank = SlowestRank(folder, torch.device("cpu")), dist.get_rank()
@@ -52,7 +52,7 @@ def train(folder, steps: int, throttled: bool) -> float:
     try:
         for step in range(1, steps + 1):
             started = time.perf_counter()
-            slowest.reading(step, lambda: matrix @ matrix)
+            slowest.reading(step, lambda: time.sleep(reading_s * rank) or matrix @ matrix)
             dist.all_reduce(torch.zeros(1))
             slowest.step(step, time.perf_counter() - started)
     finally:
@@ -63,6 +63,7 @@ def train(folder, steps: int, throttled: bool) -> float:
     return time.perf_counter() - began
 
 
+@pytest.mark.full  # on a busy machine other processes throttle the other rank
 def test_a_throttled_rank_is_named_though_all_steps_take_equally_long(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(slowest_rank, "PROBE_EVERY", 1)  # so few steps, so short products: some must meet a stop
     seconds = run_ranks(2, train, tmp_path, 3 * REPORT_EVERY, True)
@@ -72,6 +73,17 @@ def test_a_throttled_rank_is_named_though_all_steps_take_equally_long(tmp_path, 
     assert record["clearly"] and record["slower"] > 0.2
     (line,) = [line for line in capfd.readouterr().out.splitlines() if "slower" in line]
     assert f": rank 1 on {os.uname().nodename} is " in line and "slower than the median rank, at " in line
+
+
+def test_a_rank_that_waits_for_its_data_is_named(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(slowest_rank, "REPORT_EVERY", 10)
+    monkeypatch.setattr(SlowestRank, "_product", lambda self: lambda: 1.0)  # not what is tested, and noisy
+    seconds = run_ranks(2, train, tmp_path, 30, False, 0.05)
+    assert max(seconds) < 1.5 * min(seconds)  # the time of the steps tells nothing
+    record = json.loads((tmp_path / "slowest_rank.json").read_text())
+    assert (record["step"], record["rank"], record["at"], record["clearly"]) == (30, 1, "reading data", True)
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if "slower" in line]
+    assert line.startswith(f"step 30: rank 1 on {os.uname().nodename} is ") and "at reading data, and all wait" in line
 
 
 def test_a_single_rank_is_not_measured(tmp_path):
