@@ -20,6 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megat2i.files import step_of
+from megat2i.last_words import leave
 from megat2i.processes import Process, launchers_above, missing_siblings
 
 TOGETHER = 0.2  # seconds within which two signals count as one event
@@ -171,6 +172,7 @@ class Signals:
             if not number:  # a rank that has not seen the launcher's end yet would report this one's with a traceback
                 time.sleep(2 * LOOK_EVERY)
         finally:
+            leave()
             os._exit(128 + number if number else ORPHANED)  # also where the sentence fails: nothing else listens
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
-from megat2i import watchdog
+from megat2i import last_words, watchdog
 from megat2i.config import ConfigError
 from megat2i.launch import Launch
 from megat2i.watchdog import DUMP_SIGNAL, HOLD, MARK, NUMBER, ORDER_AT, PHASES, RECORD_BYTES, TICKS_AT, look_interval
@@ -82,6 +82,7 @@ def start_watchdog(run_dir: Path, limit: float, launch: Launch) -> None:
     try:
         _marks = _Marks()
         stacks = os.memfd_create("stacks")  # stays open: a signal handler writes to it
+        words = os.memfd_create("last words")
         process, launcher = os.pidfd_open(os.getpid()), _launcher() if launch.local_rank == 0 else None
     except (AttributeError, OSError) as error:
         raise ConfigError(f"this system cannot run the watchdog ({error}): set runtime.watchdog_s=0") from error
@@ -98,10 +99,13 @@ def start_watchdog(run_dir: Path, limit: float, launch: Launch) -> None:
         record_fd=_marks.descriptor,
         stacks_fd=stacks,
         launcher_fd=launcher,
+        words_fd=words,
+        behind_launcher=not {"LOCAL_SIZE", "TORCHELASTIC_RUN_ID"}.isdisjoint(os.environ),
     )
-    descriptors = [number for number in (process, _marks.descriptor, stacks, launcher) if number is not None]
+    descriptors = [number for number in (process, _marks.descriptor, stacks, words, launcher) if number is not None]
     command = [sys.executable, "-I", "-S", watchdog.__file__, json.dumps(dataclasses.asdict(settings))]
     subprocess.run(command, pass_fds=descriptors, stdin=subprocess.DEVNULL, check=True)  # it goes on as a daemon
+    last_words.keep(words, Path(settings.folder))
     os.close(process)
     if launcher is not None:
         os.close(launcher)

@@ -69,7 +69,7 @@ def write(run_dir: Path, settings: Config, engine: str, environment: dict, resum
     ``environment.json`` describes this launch; its ``earlier`` lists the launches before it, and ``changed_settings``
     the settings that are not those of ``config.yaml``. For the one that holds the lock of ``run_dir``.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "triggers").mkdir(parents=True, exist_ok=True)  # for `touch`, see save_requests
     _remove_leftovers(run_dir)
     for kind, (name, content) in _tokenizers(settings).items():  # so that the folder is all that sampling needs
         _keep_tokenizer(run_dir / "tokenizers" / kind, name, content)

@@ -13,75 +13,28 @@ import fcntl
 import json
 import os
 import secrets
-import socket
-import struct
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megat2i.checkpoint.agreement import from_first_rank
 from megat2i.config import ConfigError
-from megat2i.files import DataFileError, fsync_folder, read_json_object
+from megat2i.files import DataFileError, fsync_folder
+from megat2i.last_words import leave
 from megat2i.processes import Process
 from megat2i.progress import waiting
+from megat2i.run_owner import FOLDER, HEARTBEAT_S, OWNED, RELEASED, Owner, heartbeat, holder, last_owner
 from megat2i.trainer import RunError
 
-FOLDER, OWNED, RELEASED = "lock", ".json", ".released"
-HEARTBEAT_S = 5.0
 # Looks at a silent heartbeat before its owner counts as dead. Looks and not seconds: a storage that stands still for
 # the owner does so for the one who looks, and that is one look.
 LOOKS, LOOK_EVERY_S = 30, 1.0
-FLOCK = "hhqqi"  # struct flock of Linux on 64 bits: type, whence, start, length, process
-
-
-@dataclass(frozen=True)
-class Owner:
-    """The first rank of a launch.
-
-    ``machine`` names the installation of its operating system, ``boot`` this run of its kernel, and ``namespace`` the
-    processes among which ``pid`` means something. ``since`` is for people.
-    """
-
-    host: str
-    machine: str
-    boot: str
-    namespace: str
-    pid: int
-    started: int
-    since: str
-
-    @staticmethod
-    def here() -> "Owner":
-        """This process."""
-        myself = Process.of(os.getpid())
-        return Owner(
-            host=socket.gethostname(),
-            machine=_text("/etc/machine-id"),
-            boot=_text("/proc/sys/kernel/random/boot_id"),
-            namespace=os.readlink("/proc/self/ns/pid"),
-            pid=myself.pid,
-            started=myself.started,
-            since=datetime.now().astimezone().isoformat(" ", "seconds"),
-        )
-
-    @staticmethod
-    def read(path: Path) -> "Owner | None":
-        """The owner in ``path``; None where the file is damaged. Raises FileNotFoundError."""
-        os.stat(path)
-        try:
-            return Owner(**read_json_object(path, ""))
-        except (DataFileError, TypeError):
-            return None
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, since {self.since}"
 
 
 class RunLock:
@@ -125,6 +78,7 @@ class RunLock:
         reason = "another launch has taken it over" if _exists(self._next) else f"{self._path} was removed"
         sentence = f"error: this launch has lost its run folder, since {reason}: it ends here, nothing else is written"
         print(sentence, file=sys.stderr, flush=True)
+        leave()
         os._exit(1)
 
 
@@ -158,7 +112,7 @@ def take(run_dir: Path, check: Callable[[], None]) -> RunLock:
 def require_free(run_dir: Path) -> None:
     """Raises RunError where the launch that holds the lock of ``run_dir`` lives for certain. Only reads."""
     with suppress(OSError):  # released while it was looked at, or no folder: ``take`` looks again, and says so
-        _, path = _last(run_dir / FOLDER)
+        _, path = last_owner(run_dir / FOLDER)
         if path is not None:
             _is_dead(run_dir, path)
 
@@ -170,12 +124,12 @@ def _become_owner(run_dir: Path) -> tuple[int, int]:
         while True:
             folder.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):  # another launch has changed what is looked at
-                number, path = _last(folder)
+                number, path = last_owner(folder)
                 if path is not None and not _is_dead(run_dir, path):
                     _wait_for_heartbeat(run_dir, path)
                 descriptor = _make_owner(_numbered(folder, number + 1))
                 # Another one may have been the owner of this number, and have been followed.
-                if descriptor is not None and _last(folder)[0] == number + 1:
+                if descriptor is not None and last_owner(folder)[0] == number + 1:
                     _remove_others(folder, number + 1)
                     return number + 1, descriptor
     except OSError as error:
@@ -211,11 +165,11 @@ def _is_dead(run_dir: Path, path: Path) -> bool:
     same_numbers = same_kernel and owner.namespace == here.namespace
     if same_numbers and Process(owner.pid, owner.started).alive:
         raise _in_use(run_dir, owner)
-    holder = _holder(path)
-    if holder:
-        raise _in_use(run_dir, owner, holder if same_numbers and holder != owner.pid else None)
+    process = holder(path)
+    if process:
+        raise _in_use(run_dir, owner, process if same_numbers and process != owner.pid else None)
     if same_kernel:
-        return same_numbers or holder is not None
+        return same_numbers or process is not None
     if owner is None or not owner.machine:
         return False
     return (owner.host, owner.machine) == (here.host, here.machine)  # which was started again since
@@ -223,11 +177,11 @@ def _is_dead(run_dir: Path, path: Path) -> bool:
 
 def _wait_for_heartbeat(run_dir: Path, path: Path) -> None:
     """Returns when LOOKS looks have seen none; raises RunError at the first one. Raises FileNotFoundError."""
-    before, owner = _heartbeat(path), Owner.read(path)
+    before, owner = heartbeat(path), Owner.read(path)
     with waiting(f"{run_dir} was in use by {owner or 'another launch'}: looking whether it lives"):
         for _ in range(LOOKS):
             time.sleep(LOOK_EVERY_S)
-            if _heartbeat(path) != before:
+            if heartbeat(path) != before:
                 raise _in_use(run_dir, owner)
 
 
@@ -239,43 +193,14 @@ def _in_use(run_dir: Path, owner: Owner | None, rank: int | None = None) -> RunE
     return RunError(f"{run_dir} is in use by another launch ({owner or 'its record is damaged'}): {remedy}")
 
 
-def _heartbeat(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDONLY)  # NFS asks the server when a file is opened, and not for its name alone
-    try:
-        return os.fstat(descriptor).st_mtime_ns
-    finally:
-        os.close(descriptor)
-
-
 def _lock(descriptor: int, rank: int) -> None:
     """Lock the byte of ``rank``, where the file system has locks: the kernel gives it back when the process ends."""
     with suppress(OSError):
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
 
 
-def _holder(path: Path) -> int | None:
-    """The process that holds a lock on ``path`` (-1: one elsewhere), 0 where none does; None without such locks."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        kind, _, _, _, process = struct.unpack(FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
-    except OSError:
-        return None
-    finally:
-        os.close(descriptor)
-    return 0 if kind == fcntl.F_UNLCK else process if process > 0 else -1
-
-
 def _numbered(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}{OWNED}"
-
-
-def _last(folder: Path) -> tuple[int, Path | None]:
-    """Number and file of the last owner; (0, None) where there was none."""
-    names = os.listdir(folder) if _exists(folder) else []
-    owners = [folder / name for name in names if name.endswith((OWNED, RELEASED)) and name.split(".")[0].isdecimal()]
-    last = max(owners, key=lambda path: int(path.stem), default=None)
-    return (0, None) if last is None else (int(last.stem), last)
 
 
 def _remove_others(folder: Path, number: int) -> None:
@@ -291,7 +216,3 @@ def _exists(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def _text(path: str) -> str:
-    return Path(path).read_text().strip() if os.path.exists(path) else ""

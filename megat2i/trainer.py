@@ -32,6 +32,7 @@ from megat2i.progress import say
 from megat2i.progress_marks import mark
 from megat2i.runtime import Backend
 from megat2i.save_requests import SaveRequested, SaveRequests, record_finished
+from megat2i.slowest_rank import SlowestRank
 from megat2i.spikes import REWINDS, Spikes
 from megat2i.topology import ParallelGroups
 
@@ -199,12 +200,13 @@ def _train(run: Run, steps: range, log: MetricsLog | None, console: Console | No
     peak = peak_flops(run.backend.device, run.backend.dtype)
     accept = partial(_accept, run.spikes) if training.on_spike == "skip" else None
     step, rewound = steps.start, {}
+    slowest_rank = SlowestRank(Path(run.config.run.dir), run.backend.device)
     while step < steps.stop:
         started = time.perf_counter()
         lr = learning_rate(step - 1, run.config.optimizer, training)
         mark("reading data", step)
         number, updates = run.spikes.batch(step), run.engine.updates
-        batches, problem = _read(run, number)
+        batches, problem = slowest_rank.reading(step, partial(_read, run, number))
         state = run.pipeline, run.engine, batches, run.loss, run.groups
         try:
             metrics, grad_norm = train_step(*state, lr, accept, problem, run.requests)
@@ -214,6 +216,7 @@ def _train(run: Run, steps: range, log: MetricsLog | None, console: Console | No
                 return request
             continue
         seconds = time.perf_counter() - started
+        slowest_rank.step(step, seconds)
         spike, usual_loss = run.spikes.is_spike(metrics.loss, grad_norm), run.spikes.loss.mean
         run.spikes.add(step, metrics.loss, grad_norm)
         if log:

@@ -56,6 +56,7 @@ DUMP_TIME = 1.0  # seconds for a rank to write its stacks
 GRACE = 3.0  # seconds for a rank to end by itself
 LAST_WORD = 10.0  # seconds to wait for the launcher's words
 STACKS, FRAMES = 2, 16  # ranks whose stacks are printed, and lines of each
+TO_SPEAKER = ("rank", "local_rank", "folder", "words_fd", "launcher_fd", "behind_launcher")
 FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')
 
 
@@ -79,6 +80,8 @@ class Settings:
     record_fd: int
     stacks_fd: int
     launcher_fd: int | None
+    words_fd: int | None = None  # what the rank says when it ends, see last_words
+    behind_launcher: bool = False  # whether DeepSpeed's launcher or torchrun started the rank
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ class Rank:
             phase=phase,
             stalled=self._progress.look((marks, moved)) >= limit,
             ticking=ticks < limit / 2,
-            state=self._state(),
+            state=self.stat()[0],
         )
 
     def stack(self, state: str) -> list[str]:
@@ -191,11 +194,12 @@ class Rank:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.settings.process_fd, number)
 
-    def _state(self) -> str:
+    def stat(self) -> list[str]:
+        """The fields of proc(5) from the state on."""
         try:
-            return Path(f"/proc/{self.settings.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (OSError, IndexError):
-            return "X"
+            return Path(f"/proc/{self.settings.pid}/stat").read_text().rpartition(")")[2].split() or ["X"]
+        except OSError:
+            return ["X"]
 
     def _megabytes(self) -> int:
         try:
@@ -289,7 +293,7 @@ class Watch:
         """Remove what an earlier launch left."""
         files = [self._file(self.settings.rank), self.verdict]
         if self.settings.rank == 0:
-            files += self.folder.glob("rank-*")
+            files += [*self.folder.glob("rank-*"), *self.folder.parent.glob(f"{self.folder.name}-ended*")]
         for file in files:
             file.unlink(missing_ok=True)
         self._remove_folders()
@@ -455,20 +459,38 @@ def main() -> None:
     # It ends with its rank, whatever is sent to all processes of a launch.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    watch = Watch(Settings(**json.loads(sys.argv[1])))
+    watch, kills = Watch(Settings(**json.loads(sys.argv[1]))), oom_kills()
     thread, blocked = threading.Thread(target=watch.run, daemon=True), Unchanged()
     thread.start()
     while not watch.rank.ended(look_interval(watch.settings.limit)):
+        kills = oom_kills()
         patience = max(watch.settings.limit, LAST_WORD) if watch.concluding else watch.settings.limit / 2
         if blocked.look(watch.asking or object()) >= patience:
             watch.conclude_alone()
     if watch.concluding:  # perhaps the rank of a watchdog that was quicker to end its own took this one along
         thread.join(LAST_WORD)
+        watch.last_word()
     else:
-        with suppress(OSError):
-            watch.withdraw()
-    watch.last_word()
+        become_speaker(watch, watch.rank.stat(), oom_kills() > kills)
     os._exit(0)  # not waiting for a thread in a file system that hangs
+
+
+def become_speaker(watch: Watch, stat: list[str], out_of_memory: bool) -> None:
+    """Go on as the program that names a rank which died."""
+    with suppress(OSError):
+        watch.withdraw()
+    ended = {"where": watch.rank.look().where, "stat": stat, "out_of_memory": out_of_memory}
+    ended |= {name: getattr(watch.settings, name) for name in TO_SPEAKER}
+    program = str(Path(__file__).with_name("last_words.py"))
+    with suppress(OSError):  # no memory for it: nothing is said
+        os.execv(sys.executable, [sys.executable, "-I", "-S", program, json.dumps(ended)])
+
+
+def oom_kills() -> int:
+    """Processes that the kernel has killed for lack of memory; 0 where it does not tell."""
+    with suppress(OSError, IndexError):
+        return int(Path("/proc/vmstat").read_text().partition("\noom_kill ")[2].split()[0])
+    return 0
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def all_ranks(ok: bool) -> bool:
 
 def any_rank(flags: list[bool]) -> list[bool]:
     """For each flag whether it is set on any rank; as many on every rank. Collective."""
-    found = torch.tensor(flags, dtype=torch.uint8, device=_device())
+    found = torch.tensor(flags, dtype=torch.uint8, device=device_of_collectives())
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return [bool(flag) for flag in found.tolist()]
 
@@ -41,7 +41,7 @@ def any_rank(flags: list[bool]) -> list[bool]:
 def first_problem(problem: str | None) -> str | None:
     """The problem of the first rank that has one, the same on every rank; None where none has. Collective."""
     ranks = dist.get_world_size()
-    first = torch.tensor(ranks if problem is None else dist.get_rank(), device=_device())
+    first = torch.tensor(ranks if problem is None else dist.get_rank(), device=device_of_collectives())
     dist.all_reduce(first, op=dist.ReduceOp.MIN)
     if first == ranks:
         return None
@@ -50,7 +50,7 @@ def first_problem(problem: str | None) -> str | None:
 
 def first_rank_decides(verdict: bool) -> bool:
     """The first rank's ``verdict``. Collective: for decisions on sums that ranks may have added in other orders."""
-    decided = torch.tensor(int(verdict), device=_device())
+    decided = torch.tensor(int(verdict), device=device_of_collectives())
     dist.broadcast(decided, src=0)
     return bool(decided)
 
@@ -62,7 +62,7 @@ def from_first_rank(numbers: list[int]) -> list[int]:
 
 def from_rank(source: int, numbers: list[int]) -> list[int]:
     """The ``numbers`` of rank ``source``; those of the others are ignored. Collective."""
-    count = torch.tensor([len(numbers)], device=_device())
+    count = torch.tensor([len(numbers)], device=device_of_collectives())
     dist.broadcast(count, src=source)
     values = torch.zeros(int(count.item()), dtype=torch.int64, device=count.device)
     if dist.get_rank() == source:
@@ -71,5 +71,6 @@ def from_rank(source: int, numbers: list[int]) -> list[int]:
     return values.tolist()
 
 
-def _device() -> torch.device:
+def device_of_collectives() -> torch.device:
+    """Where the tensors of small collectives are."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megat2i.checkpoint.agreement import CheckpointError, together
 from megat2i.checkpoint.folder import committed, listing, remove, step_number, write_manifest, write_rank
+from megat2i.checkpoint.space import require_space
 from megat2i.files import fsync_folder
 from megat2i.optim.engine import Engine, Fragment
 
@@ -66,6 +67,7 @@ def save(
     final, temporary = folder / f"step-{step}", folder / f"step-{step}.writing"
     rank, ranks = dist.get_rank(), dist.get_world_size()
     together(lambda: _prepare(temporary) if rank == 0 else None, f"cannot create {temporary}")
+    require_space(folder, final.name, _owned(engine))
     content = {
         "step": step,
         "optimizer_updates": engine.updates,

@@ -4,7 +4,9 @@ import errno
 import os
 import random
 import signal
+import subprocess
 import time
+from contextlib import suppress
 
 import pytest
 import torch.distributed as dist
@@ -50,6 +52,42 @@ def test_a_rank_that_cannot_write_fails_all_and_loses_nothing(tmp_path, monkeypa
         assert newest(tmp_path) == (4, [])
 
     run_ranks(2, run, timeout=60)
+
+
+def test_a_disk_without_room_is_said_before_a_byte_is_written(tmp_path):
+    """On a real file system of 1 MB; the state of all ranks counts."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("no right to mount a small disk")
+
+    def fill() -> None:
+        with suppress(OSError), open(folder / "ballast", "wb", buffering=0) as ballast:
+            while True:
+                ballast.write(b"0" * 4096)
+
+    def run() -> str:
+        save_steps(folder, 2)
+        if dist.get_rank() == 0:
+            fill()
+        dist.barrier()
+        with pytest.raises(CheckpointError) as raised:
+            save_steps(folder, 4)
+        dist.barrier()
+        assert list((folder / "step-4.writing").iterdir()) == [] and newest(folder)[0] == 2
+        dist.barrier()
+        (folder / "ballast").unlink(missing_ok=True)
+        dist.barrier()
+        save_steps(folder, 4)
+        assert newest(folder) == (4, [])
+        return str(raised.value)
+
+    try:
+        said = run_ranks(2, run, timeout=60)
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    needs = f"{folder / 'step-4'} needs 3.6 kB, and its file system has 0 bytes free (1 checkpoint there, "
+    assert said[0] == said[1] and said[0].startswith(needs) and "training.keep_checkpoints" in said[0]
 
 
 def test_a_really_full_disk(tmp_path):
