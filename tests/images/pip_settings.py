@@ -1,7 +1,7 @@
 """The machine's own pip settings as the two secrets of an image's build: a pip.conf and a certificate.
 
-Folders that these settings name (wheels, an index on the disk) are not in the build's root: they are served over HTTP on
-the loopback device, which a build that shares the machine's network reaches.
+Folders that these settings name (wheels, an index on the disk) are not in the build's root: they are served over HTTP
+on the loopback device, which a build that shares the machine's network reaches.
 """
 
 import ast
@@ -22,7 +22,7 @@ LISTS = ("extra-index-url", "find-links", "trusted-host")  # options with any nu
 
 @dataclass(frozen=True)
 class PipSecrets:
-    """The files ``conf`` and ``certificate``, and what must be in no image: ``traces``, among them a mark in each file."""
+    """The two files, and ``traces``, which no image may hold: a mark in each file and the address of the folders."""
 
     conf: Path
     certificate: Path
@@ -45,7 +45,7 @@ def pip_secrets(folder: Path, local: bool = True) -> Iterator[PipSecrets]:
         conf, certificate = folder / "pip.conf", folder / "ca.crt"
         conf.write_text("\n".join(lines) + "\n")
         certificate.write_text(f"# {marks[1]}\n{_certificates()}")
-        yield PipSecrets(conf, certificate, (*marks, address.removeprefix("http://"), *_remote_hosts(options)))
+        yield PipSecrets(conf, certificate, (*marks, address.removeprefix("http://")))
 
 
 def _options() -> dict[str, list[str]]:
@@ -62,7 +62,9 @@ def _options() -> dict[str, list[str]]:
 
 def _certificates() -> str:
     """The text of the bundle with which pip verifies an index here."""
-    listed = subprocess.run([sys.executable, "-m", "pip", "config", "get", ":env:.cert"], capture_output=True, text=True)
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "get", ":env:.cert"], capture_output=True, text=True
+    )
     if listed.returncode:
         listed = subprocess.run(
             [sys.executable, "-m", "pip", "config", "get", "global.cert"], capture_output=True, text=True
@@ -87,11 +89,6 @@ def _local_folders(options: dict[str, list[str]]) -> list[Path]:
     """Folders to serve: of an index also the files beside it, to which its pages refer."""
     paths = {Path(path) for path in _paths(options).values()}
     return [path.parent if path.name == "simple" else path for path in paths]
-
-
-def _remote_hosts(options: dict[str, list[str]]) -> list[str]:
-    values = [value for name in ("index-url", "extra-index-url", "find-links") for value in options.get(name, ())]
-    return [urlsplit(value).netloc for value in values if urlsplit(value).netloc]
 
 
 @contextmanager
