@@ -19,12 +19,12 @@ def pytest_ignore_collect(collection_path, config):
 
 
 @pytest.fixture(scope="session")
-def storage(tmp_path_factory) -> Iterator[Containers]:
+def storage() -> Iterator[Containers]:
     """Skipped where a tool is missing, and failed where the variable CI is set."""
     problem = missing()
     if problem:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(problem)
-    with containers(tmp_path_factory.mktemp("containers")) as made:
+    with containers() as made:
         yield made
 
 

@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,8 +88,9 @@ class Containers:
             timeout=timeout,
         )
 
-    def layers(self, image: str, folder: Path) -> Path:
-        """``folder``, filled with the image's manifest, configuration and layers (tar files, not compressed)."""
+    def layers(self, image: str) -> Path:
+        """A folder of the storage with the image's manifest, configuration and layers (tar files, not compressed)."""
+        folder = self.folder / f"layers-{image.rpartition('/')[2]}".replace(":", "-")
         self.buildah("push", "--quiet", "--disable-compression", image, f"dir:{folder}")
         return folder
 
@@ -100,13 +102,16 @@ class Containers:
 
 
 @contextmanager
-def containers(folder: Path) -> Iterator[Containers]:
-    """A storage that is emptied at the end: images are gigabytes, and their mounts outlive a test."""
+def containers() -> Iterator[Containers]:
+    """A storage that is gone at the end: images are gigabytes, and their mounts outlive a test.
+
+    Not in pytest's folder of temporary files, which other sessions of pytest empty.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="images-", dir="/var/tmp"))
     storage = Containers(folder)
     try:
         yield storage
     finally:
-        for arguments in (("rm", "--all"), ("rmi", "--all", "--force")):
-            storage.buildah(*arguments)
-        subprocess.run(["umount", "--recursive", str(folder / "graph/overlay")], capture_output=True)
+        for command in (("buildah", "rm", "--all"), ("umount", "--recursive", str(folder / "graph/overlay"))):
+            subprocess.run(command, env=storage.environment, capture_output=True)  # there may be nothing to remove
         shutil.rmtree(folder)
