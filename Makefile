@@ -107,7 +107,7 @@ image:
 image-gpu:
 	@sh docker/build.sh gpu $(IMAGE_OPTIONS)
 
-# As root, with buildah, podman, mmdebstrap and shellcheck. FULL=--full also builds the GPU image: half an hour, 20 GB.
+# As root, with buildah, podman, mmdebstrap and shellcheck. FULL=--full also builds the GPU image.
 FULL ?=
 test-images: env-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/images -rsP --durations=10 $(FULL)
