@@ -50,25 +50,49 @@ def kill_all(trial: Trial) -> Result | None:
 
 def terminate(trial: Trial) -> Result | None:
     """SIGTERM of one rank or all."""
-    return _signal(trial, [signal.SIGTERM], everyone=trial.rng.random() < 0.5)
+    return _signal(trial, [signal.SIGTERM], everyone=trial.rng.random() < 0.5, saves=True)
+
+
+def warn(trial: Trial) -> Result | None:
+    """SIGUSR1, a job's warning before its end, of one rank or all."""
+    return _signal(trial, [signal.SIGUSR1], everyone=trial.rng.random() < 0.5, saves=True)
+
+
+def ask_to_save(trial: Trial) -> Result | None:
+    """SIGUSR2 of a rank, or RUN/triggers/save: the run goes on."""
+    launch = trial.at_random_instant(steps=2)
+    if launch is None:
+        return None
+    hurt, how = time.monotonic(), trial.rng.choice(("SIGUSR2", "triggers/save"))
+    if how == "SIGUSR2":
+        launch.signal(trial.rng.randrange(trial.variant.ranks), signal.SIGUSR2)
+    else:
+        (trial.run / "triggers").mkdir(exist_ok=True)
+        (trial.run / "triggers" / "save").touch()
+    if not trial.progressing_further(launch):
+        raise Failure("LOST", f"ended by {how}: {tail(launch)}")
+    return Result("equal", how, time.monotonic() - hurt)
 
 
 def interrupt(trial: Trial) -> Result | None:
     """SIGINT of one rank or all, once or, as DeepSpeed's launcher does it, with a SIGTERM behind."""
     numbers = trial.rng.choice(([signal.SIGINT], [signal.SIGINT, signal.SIGTERM]))
-    return _signal(trial, numbers, everyone=trial.rng.random() < 0.5)
+    return _signal(trial, numbers, everyone=trial.rng.random() < 0.5, saves=True)
 
 
-def _signal(trial: Trial, numbers: list[int], everyone: bool) -> Result | None:
+def _signal(trial: Trial, numbers: list[int], everyone: bool, saves: bool = False) -> Result | None:
+    """``saves``: a training that has begun must answer by saving its last step."""
     launch = trial.at_random_instant()
     if launch is None:
         return None
-    hurt, ranks = time.monotonic(), trial.variant.ranks
+    hurt, ranks, begun = time.monotonic(), trial.variant.ranks, launch.steps >= 2
     victims = range(ranks) if everyone else [trial.rng.randrange(ranks)]
     for number in numbers:
         for rank in victims:
             launch.signal(rank, number)
     trial.all_end()
+    if saves and begun:
+        trial.require_saved(launch)
     return Result(trial.recover(), f"{'all' if len(victims) == ranks else 'one'} of {ranks}", time.monotonic() - hurt)
 
 
@@ -140,15 +164,19 @@ def launcher(trial: Trial) -> Result | None:
     if launch.over():
         trial.complete()
         return None
-    Path(launch.pace.hold).touch()  # else ranks without a launcher would come to the run's end, and to theirs
-    hurt, what = time.monotonic(), trial.rng.choice(("SIGTERM", "SIGINT", "SIGKILL", "Ctrl-C", "SIGKILL of a rank"))
+    begun, what = launch.steps >= 2, trial.rng.choice(("SIGTERM", "SIGINT", "SIGKILL", "Ctrl-C", "SIGKILL of a rank"))
+    if what != "Ctrl-C":  # else ranks without a launcher would come to the run's end, and to theirs
+        Path(launch.pace.hold).touch()
+    hurt = time.monotonic()
     if what == "Ctrl-C":
         os.killpg(launch.launcher.pid, signal.SIGINT)
     elif what == "SIGKILL of a rank":
         launch.signal(trial.rng.randrange(trial.variant.ranks), signal.SIGKILL)
     else:
         launch.launcher.send_signal(getattr(signal, what))
-    trial.all_end(RANK_S if what == "SIGKILL of a rank" else LAUNCHER_S)
+    trial.all_end(LAUNCHER_S if what in ("SIGTERM", "SIGINT", "SIGKILL") else RANK_S)
+    if what == "Ctrl-C" and begun:
+        trial.require_saved(launch)
     return Result(trial.recover(), what, time.monotonic() - hurt)
 
 
@@ -420,6 +448,8 @@ KINDS = (
     Kind("SIGKILL at a change of a file", kill_at_change, 6),
     Kind("SIGTERM", terminate, 3),
     Kind("SIGINT", interrupt, 3),
+    Kind("SIGUSR1", warn, 3),
+    Kind("SIGUSR2, trigger file", ask_to_save, 3),
     Kind("SIGSTOP, then SIGCONT", pause, 3),
     Kind("SIGSTOP for good", stop_for_good, 1, lambda: None if has_watchdog() else "no runtime.watchdog_s here"),
     Kind("launcher", launcher, 1),
