@@ -12,6 +12,7 @@ GPU_PYTHON := $(or $(PY),$(BIN)/python)
 GPU_ENV := $(if $(PY),,env-test)
 
 .PHONY: env env-test demo test test-full gpu-path test-gpu sanitize-gpu bench-gpu lint bench soak clean
+.PHONY: image image-gpu test-images
 
 # env: what the demo needs. env-test: with it what the tests, the linter and the benchmarks need.
 env: $(VENV)/.installed
@@ -98,6 +99,19 @@ soak: env-test
 lint: env-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Images, by docker, podman or buildah: README.md, "In a container". IMAGE_OPTIONS go to the builder.
+IMAGE_OPTIONS ?=
+image:
+	@sh docker/build.sh cpu $(IMAGE_OPTIONS)
+
+image-gpu:
+	@sh docker/build.sh gpu $(IMAGE_OPTIONS)
+
+# As root, with buildah, podman, mmdebstrap and shellcheck. FULL=--full also builds the GPU image.
+FULL ?=
+test-images: env-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/images -rsP --durations=10 $(FULL)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
