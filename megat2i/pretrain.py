@@ -48,7 +48,7 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
     settings, backend = _resolved(settings, resume)
     run_dir = Path(settings.run.dir)
     if backend.world_size > 1 and settings.runtime.watchdog_s:
-        start_watchdog(run_dir, settings.runtime.watchdog_s, *backend.place)
+        start_watchdog(run_dir, settings.runtime.watchdog_s, backend.launch)
     backend.start(settings.model.seed)
     groups = ParallelGroups.create(settings.parallel)
     if settings.runtime.self_test and backend.world_size > 1:

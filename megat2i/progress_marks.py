@@ -16,6 +16,7 @@ from pathlib import Path
 
 from megat2i import watchdog
 from megat2i.config import ConfigError
+from megat2i.launch import Launch
 from megat2i.watchdog import DUMP_SIGNAL, HOLD, MARK, NUMBER, ORDER_AT, PHASES, RECORD_BYTES, TICKS_AT, look_interval
 
 NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
@@ -71,28 +72,28 @@ def beat() -> None:
         _marks.beat()
 
 
-def start_watchdog(run_dir: Path, limit: float, rank: int, local_rank: int, world_size: int) -> None:
-    """Start the watchdog of this process, which is ``rank``. ``limit``: seconds without progress, see ``watchdog``.
+def start_watchdog(run_dir: Path, limit: float, launch: Launch) -> None:
+    """Start the watchdog of this process. ``limit``: seconds without progress, see ``watchdog``.
 
     Raises ConfigError where the system lacks what it needs.
     """
     global _marks
-    launch = re.sub(r"\W", "-", f"{os.environ.get('MASTER_ADDR')}-{os.environ.get('MASTER_PORT')}")
+    place = re.sub(r"\W", "-", f"{launch.host}-{launch.port}")
     try:
         _marks = _Marks()
         stacks = os.memfd_create("stacks")  # stays open: a signal handler writes to it
-        process, launcher = os.pidfd_open(os.getpid()), _launcher() if local_rank == 0 else None
+        process, launcher = os.pidfd_open(os.getpid()), _launcher() if launch.local_rank == 0 else None
     except (AttributeError, OSError) as error:
         raise ConfigError(f"this system cannot run the watchdog ({error}): set runtime.watchdog_s=0") from error
     faulthandler.register(DUMP_SIGNAL, file=stacks, all_threads=True)
     settings = watchdog.Settings(
-        rank=rank,
-        local_rank=local_rank,
-        world_size=world_size,
+        rank=launch.rank,
+        local_rank=launch.local_rank,
+        world_size=launch.world_size,
         pid=os.getpid(),
         main_thread=threading.main_thread().ident,
         limit=limit,
-        folder=str(run_dir.resolve() / "hang" / launch),
+        folder=str(run_dir.resolve() / "hang" / place),
         process_fd=process,
         record_fd=_marks.descriptor,
         stacks_fd=stacks,

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +19,7 @@ from megat2i.config_identity import changed_identity, changed_keys
 from megat2i.data.manifest import Manifest
 from megat2i.files import DataFileError, fsync_folder, read_json_object, store_path, write_file
 from megat2i.progress import say
+from megat2i.slurm import job_record
 from megat2i.trainer import RunError
 
 CONFIG, ENVIRONMENT, DATA, METRICS = "config.yaml", "environment.json", "data.json", "metrics.jsonl"
@@ -80,6 +82,8 @@ def write(run_dir: Path, settings: Config, engine: str, environment: dict, resum
         write_file(run_dir / CONFIG, config.to_yaml(resolved).encode())
     environment = environment | {
         "git_commit": _git_commit(),
+        "image": os.environ.get("MEGAT2I_IMAGE") or None,
+        "slurm": job_record(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("megat2i", "torch", "deepspeed", "triton", "numpy")},
         "changed_settings": changed_keys(_recorded_settings(run_dir), resolved) if resume else {},
@@ -211,8 +215,14 @@ def _tokenizers(settings: Config) -> dict[str, tuple[str, bytes]]:
 
 
 def _git_commit() -> str | None:
-    """Commit of the source tree, with "+changes" where it was edited; None outside a checkout."""
+    """Commit of the source tree, with "+changes" where it was edited; None where it is not known.
+
+    An image has no history, but the commit that it was built from in MEGAT2I_REVISION. That of a checkout which is
+    mounted over the image's code is another one, also where git is missing or refuses to read it.
+    """
     source = Path(__file__).resolve().parent
+    if not any((folder / ".git").exists() for folder in source.parents):
+        return os.environ.get("MEGAT2I_REVISION") or None
     try:
         commit_id = subprocess.check_output(
             ["git", "rev-parse", "HEAD"], cwd=source, text=True, stderr=subprocess.DEVNULL

@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megat2i import rendezvous
 from megat2i.config import Config, ConfigError
+from megat2i.launch import Launch
 from megat2i.progress_marks import mark
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,30 +46,27 @@ def fast_bfloat16(device: str = "auto") -> bool:
 
 @dataclass(frozen=True)
 class Backend:
-    """What this process runs on. ``launcher``: deepspeed | torchrun | slurm | none (a single process)."""
+    """What this process runs on, and how it was started."""
 
     device: torch.device
     dtype: torch.dtype
     communication: str  # nccl | gloo
     engine: str  # deepspeed | torch
-    launcher: str
-    rank: int
-    local_rank: int
-    world_size: int
-    local_world_size: int
+    launch: Launch
 
     @staticmethod
     def resolve(config: Config) -> "Backend":
         """Read the launcher's environment and the machine; raises ConfigError for what is asked for but missing."""
-        launcher, rank, local_rank, world_size, local_world_size = _launched_as()
+        launch = Launch.here(config.run.dir)
         wanted = config.runtime.device
         if wanted == "cuda" and not torch.cuda.is_available():
             raise ConfigError("runtime.device=cuda, but this PyTorch sees no CUDA device; use runtime.device=cpu")
         cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-        device_index = 0 if torch.cuda.device_count() == 1 else local_rank  # 1: the launcher shows each rank its own
-        if cuda and device_index >= torch.cuda.device_count():
+        devices = torch.cuda.device_count()
+        device_index = 0 if devices == 1 else launch.local_rank  # 1: the launcher shows each rank its own
+        if cuda and device_index >= devices:
             raise ConfigError(
-                f"rank {rank} is number {local_rank} here, where there are {torch.cuda.device_count()} CUDA devices: "
+                f"rank {launch.rank} is number {launch.local_rank} here, where there are {devices} CUDA devices: "
                 "start as many processes as devices"
             )
         dtype = config.runtime.dtype
@@ -77,20 +76,13 @@ class Backend:
             device=torch.device("cuda", device_index) if cuda else torch.device("cpu"),
             dtype=DTYPES[dtype],
             communication="nccl" if cuda else "gloo",
-            engine=config.optimizer.engine or ("deepspeed" if launcher == "deepspeed" else "torch"),
-            launcher=launcher,
-            rank=rank,
-            local_rank=local_rank,
-            world_size=world_size,
-            local_world_size=local_world_size,
+            engine=config.optimizer.engine or ("deepspeed" if launch.launcher == "deepspeed" else "torch"),
+            launch=launch,
         )
 
     def start(self, seed: int) -> None:
         """Seed PyTorch, share out the processor cores and join the process group."""
         torch.manual_seed(seed)
-        if "OMP_NUM_THREADS" not in os.environ:  # else every rank would start a thread per core
-            cores = len(os.sched_getaffinity(0))  # what a container or a batch system leaves to this process
-            torch.set_num_threads(max(1, cores // self.local_world_size))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         else:
@@ -98,17 +90,32 @@ class Backend:
             torch.set_flush_denormal(True)
             _keep_freed_memory()
         mark("joining the other ranks")
-        if self.launcher == "none":
-            dist.init_process_group(self.communication, store=dist.HashStore(), rank=0, world_size=1)
+        store, threads = (dist.HashStore(), _cores()) if self.launch.alone else rendezvous.meet(self.launch)
+        if "OMP_NUM_THREADS" not in os.environ:  # else every rank would start a thread per core
+            torch.set_num_threads(threads)
+        dist.init_process_group(
+            self.communication, store=store, rank=self.rank, world_size=self.world_size, timeout=COLLECTIVE_TIMEOUT
+        )
+        if self.launch.alone:
             atexit.register(_leave_group)
         else:
-            self._join_group()
             dist.barrier()  # no rank writes to the run folder before all have checked it
 
     @property
-    def place(self) -> tuple[int, int, int]:
-        """Rank, rank on this machine, and number of ranks."""
-        return self.rank, self.local_rank, self.world_size
+    def launcher(self) -> str:
+        return self.launch.launcher
+
+    @property
+    def rank(self) -> int:
+        return self.launch.rank
+
+    @property
+    def local_rank(self) -> int:
+        return self.launch.local_rank
+
+    @property
+    def world_size(self) -> int:
+        return self.launch.world_size
 
     @property
     def dtype_name(self) -> str:
@@ -118,19 +125,6 @@ class Backend:
     def computes_in_software(self) -> bool:
         """Whether the dtype is one that the device has no instructions for."""
         return self.dtype == torch.bfloat16 and not fast_bfloat16(self.device.type)
-
-    def _join_group(self) -> None:
-        try:
-            dist.init_process_group(
-                self.communication, rank=self.rank, world_size=self.world_size, timeout=COLLECTIVE_TIMEOUT
-            )
-        except dist.DistNetworkError as error:
-            if "EADDRINUSE" not in str(error):
-                raise
-            raise ConfigError(
-                f"port {os.environ.get('MASTER_PORT')} is in use, perhaps by another run on this machine: choose "
-                "another one (deepspeed and torchrun: --master_port, srun: MASTER_PORT)"
-            ) from error
 
     def describe(self) -> str:
         """One line for the log and for ``environment.json``."""
@@ -171,7 +165,7 @@ def _keep_freed_memory() -> None:
 
 def is_first_rank() -> bool:
     """Whether this process speaks for the launch; raises ConfigError as ``Backend.resolve`` does."""
-    return _launched_as()[1] == 0
+    return Launch.here().rank == 0
 
 
 def quiet() -> None:
@@ -182,34 +176,6 @@ def quiet() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as it finds out itself, with a warning
 
 
-def _launched_as() -> tuple[str, int, int, int, int]:
-    """(launcher, rank, local rank, world size, ranks on this machine) from the launcher's environment variables."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        # DeepSpeed's launcher names the number of local ranks LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
-        launcher = "deepspeed" if "LOCAL_SIZE" in env else "torchrun"
-        local_world_size = env.get("LOCAL_SIZE") or env.get("LOCAL_WORLD_SIZE") or "1"
-        rank, local_rank, world_size = (_number(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-        return launcher, rank, local_rank, world_size, int(local_world_size)
-    if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:  # a step: started by srun, not by sbatch
-        if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
-            raise ConfigError(
-                "started by srun without MASTER_ADDR and MASTER_PORT: export them in the job script, for example "
-                "MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1) MASTER_PORT=29500"
-            )
-        tasks_here = int(env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_NTASKS_PER_NODE", "1")).split("(")[0])
-        rank, local_rank, world_size = (_number(f"SLURM_{name}") for name in ("PROCID", "LOCALID", "NTASKS"))
-        return "slurm", rank, local_rank, world_size, tasks_here
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if int(env.get(name, "1")) > 1:
-            raise ConfigError(
-                f"started by MPI ({name}={env[name]}), which sets no RANK: use deepspeed, torchrun or srun"
-            )
-    return "none", 0, 0, 1, 1
-
-
-def _number(name: str) -> int:
-    value = os.environ.get(name)
-    if value is None or not value.isdigit():
-        raise ConfigError(f"the launcher's environment variable {name} is {value!r}, expected a number")
-    return int(value)
+def _cores() -> int:
+    """What a container or a batch system leaves to this process."""
+    return len(os.sched_getaffinity(0))

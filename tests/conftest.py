@@ -31,6 +31,7 @@ from megat2i.vocab import IGNORE
 
 torch.set_num_threads(1)
 
+RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -232,6 +233,23 @@ def pretrain(repository, run_config):
         )
 
     return start
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Function that makes the variables of launchers exactly those it is given."""
+
+    def set_to(**variables: str) -> None:
+        for name in list(os.environ):
+            if (
+                name.startswith(("SLURM", "OMPI_", "PMI_", "MASTER_", "TORCHELASTIC_", "MEGAT2I_"))
+                or name in RANK_NAMES
+            ):
+                monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_to
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,26 @@
-"""Waiting for a training that was launched as a command."""
+"""Trainings that were launched: what their launchers set, a port for them, and waiting for them."""
 
 import socket
 import time
 from pathlib import Path
 
 import pytest
+
+# What srun -N2 -n4 sets for its last task.
+SRUN = {
+    "SLURM_JOB_ID": "17",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_DISTRIBUTION": "block",
+    "SLURMD_NODENAME": "n2",
+    "SLURM_NODEID": "1",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "4",
+    "SLURM_GTIDS": "2,3",
+}
 
 
 def free_port() -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from launched import SRUN
 from manifest_file import change_manifest
 
 from megat2i import run_folder
@@ -120,6 +121,31 @@ def test_every_launch_is_recorded(settings):
     assert environment["layout"] == "1.1.4" and environment["versions"]["torch"]
     assert [launch["layout"] for launch in environment["earlier"]] == ["1.1.1", "1.1.2"]
     assert all("earlier" not in launch for launch in environment["earlier"])
+
+
+def test_the_job_and_the_image_are_recorded(settings, environment):
+    environment(**SRUN, SLURM_RESTART_COUNT="1", MEGAT2I_IMAGE="megat2i.sqsh")
+    write(settings)
+    recorded = json.loads((folder(settings) / "environment.json").read_text())
+    assert recorded["slurm"] == {"job": "17", "step": "0", "restart": "1", "nodes": "n[1-2]"}
+    assert recorded["image"] == "megat2i.sqsh"
+    environment()
+    run_folder.write(folder(settings), settings, "torch", {}, resume=True)
+    recorded = json.loads((folder(settings) / "environment.json").read_text())
+    assert recorded["slurm"] is None and recorded["image"] is None and recorded["earlier"][0]["slurm"]["job"] == "17"
+
+
+def test_the_revision_of_an_image_counts_only_without_a_checkout(environment, tmp_path, monkeypatch):
+    """A checkout that is mounted over the image's code is another commit, also where git cannot read it."""
+    environment(MEGAT2I_REVISION="abc")
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "megat2i" / "run_folder.py"))
+    (tmp_path / "megat2i").mkdir()
+    assert run_folder._git_commit() == "abc"
+    (tmp_path / ".git").mkdir()  # no repository that git would read
+    assert run_folder._git_commit() is None
+    environment()
+    (tmp_path / ".git").rmdir()
+    assert run_folder._git_commit() is None
 
 
 def started(settings) -> Path:

@@ -7,64 +7,25 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
+from launched import SRUN
 
 from megat2i.config import ConfigError, ParallelConfig
 from megat2i.runtime import WITHOUT_BFLOAT16, Backend, fast_bfloat16
 from megat2i.topology import ParallelGroups
 
-LAUNCHER_VARIABLES = [
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "OMPI_COMM_WORLD_SIZE",
-    "PMI_SIZE",
-    "SLURM_STEP_ID",
-    "SLURM_PROCID",
-    "SLURM_NTASKS",
-    "SLURM_LOCALID",
-    "SLURM_STEP_TASKS_PER_NODE",
-    "SLURM_NTASKS_PER_NODE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-]
-
-
-@pytest.fixture
-def environment(monkeypatch):
-    """Function that makes the launcher's variables exactly ``variables``."""
-
-    def set_to(**variables):
-        for name in LAUNCHER_VARIABLES:
-            monkeypatch.delenv(name, raising=False)
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-
-    return set_to
-
-
 DEEPSPEED = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2"}
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
-SLURM = {
-    "SLURM_STEP_ID": "0",
-    "SLURM_PROCID": "3",
-    "SLURM_LOCALID": "1",
-    "SLURM_NTASKS": "4",
-    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
-}
-MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.parametrize(
     ("variables", "launcher", "engine"),
-    [(DEEPSPEED, "deepspeed", "deepspeed"), (TORCHRUN, "torchrun", "torch"), (SLURM | MASTER, "slurm", "torch")],
+    [(DEEPSPEED, "deepspeed", "deepspeed"), (TORCHRUN, "torchrun", "torch"), (SRUN, "slurm", "torch")],
 )
 def test_launchers(environment, tiny_config, variables, launcher, engine):
     environment(**variables)
     backend = Backend.resolve(tiny_config)
     assert (backend.launcher, backend.engine) == (launcher, engine)
-    assert (backend.rank, backend.local_rank, backend.world_size, backend.local_world_size) == (3, 1, 4, 2)
+    assert (backend.rank, backend.local_rank, backend.world_size) == (3, 1, 4)
     assert (backend.device, backend.dtype, backend.communication) == (torch.device("cpu"), torch.float32, "gloo")
 
 
@@ -79,24 +40,13 @@ def test_a_single_process_and_an_explicit_engine(environment, tiny_config):
     assert Backend.resolve(wish).engine == "torch"
 
 
-def test_a_single_slurm_task_is_a_single_process(environment, tiny_config):
-    environment(SLURM_PROCID="0", SLURM_NTASKS="1", SLURM_LOCALID="0")
-    assert Backend.resolve(tiny_config).launcher == "none"
-
-
-def test_mpi_without_a_rank_is_refused(environment, tiny_config):
-    """Otherwise every process would take itself for a run of one."""
-    environment(OMPI_COMM_WORLD_SIZE="4")
-    with pytest.raises(ConfigError, match="MPI"):
-        Backend.resolve(tiny_config)
-    environment(OMPI_COMM_WORLD_SIZE="1")
-    assert Backend.resolve(tiny_config).world_size == 1
-
-
-def test_srun_without_a_master_says_what_to_export(environment, tiny_config):
-    environment(**SLURM)
-    with pytest.raises(ConfigError, match="MASTER_ADDR"):
-        Backend.resolve(tiny_config)
+@pytest.mark.parametrize(("devices", "index"), [(1, 0), (2, 1)])
+def test_one_visible_gpu_is_the_tasks_own(environment, tiny_config, monkeypatch, devices, index):
+    environment(**SRUN)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    wish = replace(tiny_config, runtime=replace(tiny_config.runtime, device="cuda"))
+    assert Backend.resolve(wish).device == torch.device("cuda", index)
 
 
 @pytest.mark.parametrize("change", [{"LOCAL_RANK": None}, {"RANK": "x"}, {"WORLD_SIZE": ""}])

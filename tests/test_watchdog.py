@@ -22,6 +22,7 @@ LIMIT = 2.0
 RANK = """
 import os, sys, time
 from pathlib import Path
+from megat2i.launch import Launch
 from megat2i.progress_marks import beat, mark, start_watchdog
 
 rank, folder, fault = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
@@ -40,7 +41,7 @@ def draw():
         beat()
 
 wait_for_peers(0)  # on a busy machine one may be up much later than the other
-start_watchdog(folder / "run", float(sys.argv[4]), rank, rank, 2)
+start_watchdog(folder / "run", float(sys.argv[4]), Launch("torchrun", rank, rank, 2, "test"))
 for step in range(1, 100000 if fault == "none" else 8):
     mark("reading data", step)
     if step == 5 and rank == 1 and fault == "fifo":
