@@ -116,7 +116,9 @@ def main() -> None:
     config = load(arguments.config, arguments.overrides)
     first = is_first_rank()
     leave_on_interrupt(partial(stopped, Path(config.run.dir)) if first else None)
-    config = pretrain(config, arguments.resume, (model_provider, data_provider, loss_provider))
+    config, request = pretrain(config, arguments.resume, (model_provider, data_provider, loss_provider))
+    if request:
+        sys.exit(request.exit_code)
     for line in next_steps(config) if first else ():
         say(line)
 

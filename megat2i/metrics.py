@@ -3,7 +3,7 @@
 import json
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +82,8 @@ class StepMetrics:
 class MetricsLog:
     """Writes ``metrics.jsonl``, drawn pictures and TensorBoard events in the run folder; on the first rank only."""
 
-    def __init__(self, run_dir: Path, resume_step: int):
-        self.path = run_dir / "metrics.jsonl"
+    def __init__(self, run_dir: Path, resume_step: int, fence: Callable[[], None] = lambda: None):
+        self.path, self._fence = run_dir / "metrics.jsonl", fence
         self._begin_after(resume_step)
 
     def _begin_after(self, step: int) -> None:
@@ -116,7 +116,11 @@ class MetricsLog:
         write_file(self.path, "".join(kept).encode())
 
     def write(self, entry: dict) -> None:
-        """Append one object; it needs ``step``. Numbers go to TensorBoard under the same key."""
+        """Append one object; it needs ``step``. Numbers go to TensorBoard under the same key.
+
+        ``fence`` comes first: it ends the process where the folder is another launch's by now.
+        """
+        self._fence()
         self._file.append(json.dumps({key: _finite(value) for key, value in entry.items()}))
         prefix = f"{entry['split']}/" if "split" in entry else ""
         if "TensorBoard" in self._failed:

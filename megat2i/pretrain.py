@@ -28,10 +28,13 @@ from megat2i.pipeline import Pipeline
 from megat2i.progress import count, say, waiting
 from megat2i.progress_marks import mark, start_watchdog
 from megat2i.runtime import Backend
+from megat2i.save_requests import SaveRequested, SaveRequests, forget_end
 from megat2i.self_test import require_same_launch, self_test
 from megat2i.spikes import Spikes
 from megat2i.topology import ParallelGroups
 from megat2i.trainer import Data, Run, RunError, require_data, require_sound_state, train
+
+BYTES_PER_PARAMETER = 16  # of a checkpoint, at most: weight, master weight and two moments in float32
 
 Providers = tuple[
     Callable[[Config, Backend, Part], GPT],
@@ -40,10 +43,10 @@ Providers = tuple[
 ]
 
 
-def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
+def pretrain(settings: Config, resume: bool, providers: Providers) -> tuple[Config, SaveRequested | None]:
     """Train to the end of the schedule or to ``training.stop_at``; collective over all ranks of the launch.
 
-    Returns the settings with all that they left open.
+    Returns the settings with all that they left open, and what made the launch save and leave before, if anything did.
     """
     settings, backend = _resolved(settings, resume)
     run_dir = Path(settings.run.dir)
@@ -85,18 +88,20 @@ def pretrain(settings: Config, resume: bool, providers: Providers) -> Config:
     draw = _drawer(settings, pipeline) if settings.training.sample_every and groups.data_rank == 0 else None
     spikes = Spikes(settings.training.spike_sigma, norms=settings.training.on_spike == "skip")
     spikes.restore(found.manifest.get("training", {}) if found else {})
-    run = Run(settings, pipeline, engine, data, provide_loss(settings), groups, backend, draw, spikes, verification)
+    loss, requests = provide_loss(settings), _save_requests(settings, first_step, leader)
+    run = Run(settings, pipeline, engine, data, loss, groups, backend, draw, spikes, verification, requests)
+    run = dataclasses.replace(run, fence=lock.require)
     require_sound_state(run, first_step)
     verification.go_on(f"Checkpoints after step {first_step} may have been trained on such bytes")
-    train(run, first_step)
+    request = train(run, first_step)
     verification.close()
-    for line in verification.summary() if leader else ():
+    for line in verification.summary() if leader and not request else ():
         say(line)
     # Not after an error: other ranks may wait in a collective, and NCCL would wait for them before the error shows.
     mark("ending")
     dist.destroy_process_group()
     lock.release()
-    return settings
+    return settings, request
 
 
 def _resolved(settings: Config, resume: bool) -> tuple[Config, Backend]:
@@ -190,6 +195,14 @@ def _engine(model: GPT, settings: Config, backend: Backend, groups: ParallelGrou
     from megat2i.optim.deepspeed_engine import DeepSpeedEngine  # slow to import, and only some runs need it
 
     return DeepSpeedEngine(model, settings.optimizer, settings.training, groups, backend.local_rank)
+
+
+def _save_requests(settings: Config, first_step: int, leader: bool) -> SaveRequests:
+    parameters = model_parameters(settings.model, settings.vocab_layout.size)
+    run_dir = Path(settings.run.dir) if leader else None
+    if run_dir:
+        forget_end(run_dir)  # of the last launch
+    return SaveRequests(run_dir, BYTES_PER_PARAMETER * parameters, first_step)
 
 
 def _drawer(settings: Config, pipeline: Pipeline) -> Callable[[], np.ndarray]:

@@ -95,6 +95,18 @@ def launchers_above() -> list[Process] | None:
     return chain
 
 
+def missing_siblings() -> bool:
+    """Whether a rank that the same launcher started on this machine has ended; False where that cannot be told."""
+    size = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"
+    parent = os.getppid()
+    try:
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    except OSError:
+        return False
+    launched = str(os.getpid()) in children and size.isdecimal()  # else the launcher itself has ended
+    return launched and sum(Process.of(int(child)) is not None for child in children) < int(size)
+
+
 def _stat(pid: int) -> list[str] | None:
     """The fields of /proc/PID/stat from the state on; None where there is no such process."""
     try:

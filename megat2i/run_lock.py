@@ -103,13 +103,23 @@ class RunLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
 
+    def require(self) -> None:
+        """End this process where another launch has taken the folder over: for the first rank, before it writes there.
+
+        A node that was lost for a while comes back in the middle of anything: its next heartbeat may be too late.
+        """
+        with suppress(OSError):  # of a storage that fails for a while; the training itself meets it, or does not
+            # NFS asks the server when a folder is opened. The file itself must not be: closing it gives the locks back.
+            names = os.listdir(self._path.parent) if _exists(self._path.parent) else []
+            lost = self._next.name in names or self._path.name not in names
+            if lost and not self._ended.is_set():
+                self._end()
+
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_S):
-            with suppress(OSError):  # of a storage that fails for a while; the training itself meets it, or does not
+            with suppress(OSError):
                 os.utime(self._descriptor)
-                lost = _exists(self._next) or not _exists(self._path)
-                if lost and not self._ended.is_set():
-                    self._end()
+            self.require()
 
     def _end(self) -> None:
         reason = "another launch has taken it over" if _exists(self._next) else f"{self._path} was removed"

@@ -31,6 +31,7 @@ from megat2i.printable import printable
 from megat2i.progress import say
 from megat2i.progress_marks import mark
 from megat2i.runtime import Backend
+from megat2i.save_requests import SaveRequested, SaveRequests, record_finished
 from megat2i.spikes import REWINDS, Spikes
 from megat2i.topology import ParallelGroups
 
@@ -53,31 +54,45 @@ def train_step(
     lr: float,
     accept: Callable[[float, float], bool] | None = None,
     problem: DataFileError | None = None,
+    requests: SaveRequests | None = None,
 ) -> tuple[StepMetrics, float]:
     """One optimizer step over ``batches``, the micro-batches of this data-parallel rank.
 
     ``accept``: asked with the loss and the gradient norm whether to update; collective, one answer for all ranks.
     Returns what was measured over the global batch, and the gradient norm before clipping; the same on all ranks.
-    Raises on all ranks where one has a ``problem`` with its data.
+    Raises on all ranks where one has a ``problem`` with its data, and SaveRequested, before anything is computed, where
+    one is asked to save the state as it is.
     """
     mark("forward and backward")
-    counts = _global_counts(batches, groups, problem)  # the only normaliser there is
+    counts = _global_counts(batches, groups, problem, requests)  # the only normaliser there is
     sums = pipeline.run_schedule(batches, loss, counts, engine.loss_scale)
     mark("optimizer step")
     metrics = StepMetrics(*_summed(sums, groups.data, groups.pipeline), counts, loss.weights)
     return metrics, engine.step(lr, partial(accept, metrics.loss) if accept else None)
 
 
-def _global_counts(batches: list[Batch], groups: ParallelGroups, problem: DataFileError | None) -> Tensor:
-    """Positions of each modality [3] in the global batch; the same reduction tells all ranks of a ``problem``."""
+def _global_counts(
+    batches: list[Batch],
+    groups: ParallelGroups,
+    problem: DataFileError | None,
+    requests: SaveRequests | None = None,
+) -> Tensor:
+    """Positions of each modality [3] in the global batch.
+
+    The same reduction tells all ranks of a ``problem``, and of what any of them is asked for.
+    """
     counts = count_tokens([b.modality for b in batches])
     if groups.tensor_rank or groups.pipeline_rank:
         counts.zero_()  # these rows are counted by the first rank of this copy of the model
-    total = _summed(torch.cat((counts, torch.tensor([int(problem is not None)]))), dist.group.WORLD)
-    if total[-1]:
+    asked = requests.flags() if requests else []
+    flags = torch.tensor([int(problem is not None), *asked])
+    counts, problems, asked = _summed(torch.cat((counts, flags)), dist.group.WORLD).split([len(counts), 1, len(asked)])
+    if problems:
         checkpoint.finish()  # what was saved before is sound
         require_data(problem)
-    return total[:-1]
+    if asked.any():
+        raise SaveRequested.of(asked.tolist())
+    return counts
 
 
 def require_data(problem: DataFileError | None) -> None:
@@ -124,7 +139,8 @@ class Data:
 class Run:
     """Everything that ``train`` works with. ``draw`` makes images [B, 3, H, W] of the configured prompts, if asked.
 
-    All ranks of the first copy of the model draw together.
+    All ranks of the first copy of the model draw together. ``fence``: called by the first rank before it writes to the
+    run folder; it ends the process where that is another launch's by now.
     """
 
     config: Config
@@ -137,33 +153,46 @@ class Run:
     draw: Callable[[], np.ndarray] | None
     spikes: Spikes = field(default_factory=Spikes)
     verification: Verification | None = None
+    requests: SaveRequests = field(default_factory=SaveRequests)
+    fence: Callable[[], None] = lambda: None
 
     @property
     def checkpoints(self) -> Path:
         return Path(self.config.run.dir) / "checkpoints"
 
 
-def train(run: Run, first_step: int) -> None:
+def train(run: Run, first_step: int) -> SaveRequested | None:
     """Steps ``first_step`` .. the schedule's end (or ``stop_at``), with validation, samples and checkpoints on the way.
 
-    Step numbers in all records count completed updates: the first is 1.
+    Step numbers in all records count completed updates: the first is 1. Returns, on all ranks, what made the launch
+    save and leave before; None where it came to its end.
     """
     training, run_dir = run.config.training, Path(run.config.run.dir)
     steps = range(first_step + 1, (training.stop_at or training.steps) + 1)
+    run.requests.begin()
     if dist.get_rank() != 0:
-        _train(run, steps, None, None)
-        return
-    log = MetricsLog(run_dir, first_step)
+        request = _train(run, steps, None, None)
+        run.requests.end(request)
+        return request
+    log = MetricsLog(run_dir, first_step, run.fence)
     console = Console(run_dir, run.config.data.mode, first_step, steps.stop - 1, training.steps)
     try:
-        _train(run, steps, log, console)
+        request = _train(run, steps, log, console)
     finally:
         console.close()
     log.close()
-    console.end()
+    run.fence()
+    if request:
+        request.record(run_dir, run.requests.saved_step)
+    else:
+        if steps.stop - 1 == training.steps:
+            record_finished(run_dir, training.steps)
+        console.end()
+    run.requests.end(request)
+    return request
 
 
-def _train(run: Run, steps: range, log: MetricsLog | None, console: Console | None) -> None:
+def _train(run: Run, steps: range, log: MetricsLog | None, console: Console | None) -> SaveRequested | None:
     training = run.config.training
     columns = sum(stop - start for start, stop in run.config.vocab_layout.ranges)
     flops = flops_per_token(run.config.model, columns, run.config.data.sequence_length)
@@ -176,7 +205,14 @@ def _train(run: Run, steps: range, log: MetricsLog | None, console: Console | No
         mark("reading data", step)
         number, updates = run.spikes.batch(step), run.engine.updates
         batches, problem = _read(run, number)
-        metrics, grad_norm = train_step(run.pipeline, run.engine, batches, run.loss, run.groups, lr, accept, problem)
+        state = run.pipeline, run.engine, batches, run.loss, run.groups
+        try:
+            metrics, grad_norm = train_step(*state, lr, accept, problem, run.requests)
+        except SaveRequested as request:
+            _answer(run, step - 1, request, log, console)
+            if request.leaving:
+                return request
+            continue
         seconds = time.perf_counter() - started
         spike, usual_loss = run.spikes.is_spike(metrics.loss, grad_norm), run.spikes.loss.mean
         run.spikes.add(step, metrics.loss, grad_norm)
@@ -207,6 +243,7 @@ def _train(run: Run, steps: range, log: MetricsLog | None, console: Console | No
             _after_step(run, step, step == steps.stop - 1, log, console)
         step += 1
     require_data(run.verification.problem if run.verification else None)
+    return None
 
 
 def _read(run: Run, number: int) -> tuple[list[Batch], DataFileError | None]:
@@ -241,6 +278,7 @@ def _go_back(run: Run, step: int, log: MetricsLog | None, console: Console | Non
     if found is None:
         report(f"there is no sound checkpoint before step {step:,} to go back to: training goes on")
         return None
+    run.requests.saved_step = found.step
     first, last = run.spikes.go_back(found.manifest.get("training", {}), found.step, step)
     if log:
         log.go_back(found.step)
@@ -275,19 +313,42 @@ def _after_step(run: Run, step: int, last: bool, log: MetricsLog | None, console
             log.images(step, images, run.config.sampling.prompts)
     if last or due(training.checkpoint_every):
         begin("writing a checkpoint")
-        require_sound_state(run, step)  # nothing wrong gets into a checkpoint
+        _save(run, step, training.asynchronous_checkpoints and not last, log)
+
+
+def _save(run: Run, step: int, background: bool, log: MetricsLog | None) -> None:
+    training = run.config.training
+    require_sound_state(run, step)  # nothing wrong gets into a checkpoint
+    if log:
+        log.sync()  # a power cut must not leave a checkpoint that is ahead of the record
+    saved = checkpoint.save(
+        run.checkpoints,
+        step,
+        run.engine,
+        run.groups.layout(),
+        training.keep_checkpoints,
+        background,
+        keep_every=training.keep_every,
+        training=run.spikes.state(),
+        fence=run.fence,
+    )
+    run.requests.saved(step, saved.stall_s)
+
+
+def _answer(run: Run, step: int, request: SaveRequested, log: MetricsLog | None, console: Console | None) -> None:
+    """Save the state after ``step``, unless it is saved already; it is committed on return. Collective."""
+    run.requests.hold()
+    mark("writing a checkpoint", step)
+    if console:
+        console.doing(f"writing a checkpoint ({request})")
+    if run.requests.saved_step != step:
+        _save(run, step, False, log)
+    checkpoint.finish()  # a save in the background
+    run.requests.answered(request)
+    if not request.leaving:
         if log:
-            log.sync()  # a power cut must not leave a checkpoint that is ahead of the record
-        checkpoint.save(
-            run.checkpoints,
-            step,
-            run.engine,
-            run.groups.layout(),
-            training.keep_checkpoints,
-            training.asynchronous_checkpoints and not last,
-            keep_every=training.keep_every,
-            training=run.spikes.state(),
-        )
+            say(f"{request}: step {step:,} is saved, and training goes on")
+        run.requests.begin()
 
 
 def require_sound_state(run: Run, step: int) -> None:

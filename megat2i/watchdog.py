@@ -452,7 +452,8 @@ def main() -> None:
     """Watch the rank that the first argument describes, until it ends."""
     if os.fork():  # no child of its rank: a launcher that ends the tree of a rank must not wait for its watchdog
         os._exit(0)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # it ends with its rank
+    # It ends with its rank, whatever is sent to all processes of a launch.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     watch = Watch(Settings(**json.loads(sys.argv[1])))
     thread, blocked = threading.Thread(target=watch.run, daemon=True), Unchanged()

@@ -47,6 +47,7 @@ FLOORS = (
         "pictures",
         "drawn",
         "html_page",
+        "save_requests",
         "self_test",
     },
     {"pretrain", "run_folder", "run_lock", "planner", "experiments", "serving", "pretrain_t2i", "tools", "examples"},

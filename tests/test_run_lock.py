@@ -1,6 +1,7 @@
 """One launch at a time in a run folder: who is refused, who loses it, and that nothing of a run is touched before."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -18,6 +19,8 @@ from distributed import run_ranks
 from kill_points import exit_code, kill_points
 
 from megat2i import run_lock
+from megat2i.checkpoint import finish, save
+from megat2i.metrics import MetricsLog
 from megat2i.run_lock import Owner
 from megat2i.trainer import RunError
 
@@ -256,3 +259,82 @@ def test_a_kill_at_any_point_leaves_it_free(tmp_path):
         (left,) = (run / "lock").iterdir()
         assert left.suffix == ".released"
     assert points >= 8
+
+
+class Empty:
+    """An engine without any state."""
+
+    updates = 1
+
+    def fragments(self) -> list:
+        return []
+
+
+@pytest.mark.parametrize("writes", ["a line", "a checkpoint", "a checkpoint in the background"])
+def test_an_older_incarnation_on_a_lost_node_writes_nothing_more(tmp_path, monkeypatch, capfd, writes):
+    """Two processes. What the first one does to its lock does not reach the folder, as from a node without a network.
+
+    Its heartbeat would tell it later, if at all: here it never beats.
+    """
+    monkeypatch.setattr(run_lock, "HEARTBEAT_S", 1000.0)
+    run, lost, taken = tmp_path / "run", tmp_path / "lost", tmp_path / "taken"
+    monkeypatch.setattr(run_lock, "LOOKS", 2)
+    monkeypatch.setattr(run_lock, "LOOK_EVERY_S", 0.05)
+    record, checkpoint = run / "metrics.jsonl", run / "checkpoints" / "step-1"
+
+    def older() -> None:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        lock = run_lock.take(run, nothing)
+        log = MetricsLog(run, 0, lock.require)
+        log.write({"step": 1})
+        lost.touch()
+        while not taken.exists():
+            time.sleep(0.01)
+        if writes == "a line":
+            log.write({"step": 2})
+        else:
+            save(run / "checkpoints", 1, Empty(), "1.1.1", 1, "background" in writes, fence=lock.require)
+            finish()
+
+    def younger() -> None:
+        while not lost.exists():
+            time.sleep(0.01)
+        path = run / "lock" / "000001.json"
+        content = json.loads(path.read_text()) | OTHER
+        path.unlink()  # the first one's lock and heartbeat are on a file that nobody sees any more
+        path.write_text(json.dumps(content))
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        lock = run_lock.take(run, nothing)
+        lock.require()
+        taken.touch()
+        while not over.is_set():
+            time.sleep(0.01)
+
+    over = multiprocessing.get_context("fork").Event()
+    second = multiprocessing.get_context("fork").Process(target=younger)
+    second.start()
+    try:
+        assert exit_code(older) == 1
+        assert second.is_alive()
+    finally:
+        over.set()
+        second.join(30)
+    assert second.exitcode == 0
+    said = capfd.readouterr().err.splitlines()
+    ends = "since another launch has taken it over: it ends here, nothing else is written"
+    assert [line for line in said if line.startswith("error: ")] == [
+        f"error: this launch has lost its run folder, {ends}"
+    ]
+    assert record.read_text() == '{"step": 1}\n' and not checkpoint.exists()
+
+
+def test_asking_for_the_lock_does_not_give_it_back(tmp_path):
+    """A process loses its locks on a file when it closes any descriptor of it."""
+
+    def ask() -> None:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        lock = run_lock.take(tmp_path / "run", nothing)
+        lock.require()
+        assert exit_code(lambda: os._exit(bool(run_lock._holder(lock._path)))) == 1
+
+    assert exit_code(ask) == 0

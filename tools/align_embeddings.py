@@ -54,7 +54,9 @@ def align(settings: Config, resume: bool) -> None:
             continue
         providers = Providers(own, shuffled=name == "shuffled")
         resumed = resume and (folder / run_folder.CONFIG).exists()
-        pretrain(own, resumed, (providers.make_model, providers.make_data, providers.make_loss))
+        _, request = pretrain(own, resumed, (providers.make_model, providers.make_data, providers.make_loss))
+        if request:
+            sys.exit(request.exit_code)
         if backend.rank == 0:
             rows = as_long_as(initial_rows(own), providers.model.tok_embeddings.weight.detach().cpu())
             write_file(folder / EMBEDDINGS, safetensors.torch.save({TABLE: rows}))

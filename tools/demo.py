@@ -9,9 +9,10 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from megat2i.interrupt import EXIT_CODE, end_with_parent, said_on_interrupt
+from megat2i.interrupt import EXIT_CODE, INTERRUPTED, end_with_parent, said_on_interrupt
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/openmoji_demo.yaml"
@@ -53,12 +54,14 @@ def train() -> None:
     if (RUN / "config.yaml").exists():
         command.append("--resume")
     run("Training", *command)
+    if (RUN / INTERRUPTED).exists():
+        sys.exit("the training was asked to end before its last step; `make demo` goes on from there")
 
 
 def run(title: str, *command: str) -> None:
     print(f"\n== {title}: {shlex.join(command)}", flush=True)
     began = time.monotonic()
-    code = subprocess.run(command, preexec_fn=end_with_parent).returncode
+    code = wait_for_its_end(subprocess.Popen(command, preexec_fn=end_with_parent))
     if code == EXIT_CODE:
         sys.exit(code)  # it has said what there is to say
     if code:
@@ -67,6 +70,17 @@ def run(title: str, *command: str) -> None:
             f"another version of the demo left must be removed first: {DATA} and {RUN}"
         )
     print(f"   {title}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+def wait_for_its_end(process: subprocess.Popen) -> int:
+    """Its exit code. Ctrl-C reaches the process too, which may need a while to save, and raises KeyboardInterrupt."""
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        while process.poll() is None:
+            with suppress(KeyboardInterrupt):
+                process.wait()
+        raise
 
 
 if __name__ == "__main__":

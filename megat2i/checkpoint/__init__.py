@@ -15,7 +15,7 @@ from megat2i.checkpoint.changing import write_changed
 from megat2i.checkpoint.folder import Checkpoint, committed, open_checkpoint, verify
 from megat2i.checkpoint.loading import latest, latest_here, load_engine, load_weights, read_tensor, weight_shapes
 from megat2i.checkpoint.rewinding import go_back
-from megat2i.checkpoint.saving import Saved, finish, save
+from megat2i.checkpoint.saving import Saved, finish, longest_save, save
 
 __all__ = [
     "Checkpoint",
@@ -30,6 +30,7 @@ __all__ = [
     "latest_here",
     "load_engine",
     "load_weights",
+    "longest_save",
     "open_checkpoint",
     "read_tensor",
     "save",

@@ -49,10 +49,12 @@ def save(
     *,
     keep_every: int = 0,
     training: dict | None = None,
+    fence: Callable[[], None] = lambda: None,
 ) -> Saved:
     """Write ``folder/step-N`` from all ranks; drop all but the newest ``keep`` and the multiples of ``keep_every``.
 
-    ``training``: state of the loop beside that of the engine, as JSON has it.
+    ``training``: state of the loop beside that of the engine, as JSON has it. ``fence``: called on the first rank just
+    before the commit; it ends the process where the folder is another launch's by now.
 
     Collective. If any rank fails, every rank raises CheckpointError and what was committed before stays. With
     ``background`` it returns once the state is copied; the checkpoint is safe when the next ``save`` or ``finish``
@@ -70,7 +72,11 @@ def save(
         "written_by": {"layout": layout, "ranks": ranks, "engine": type(engine).__name__},
         "training": training or {},
     }
-    commit = partial(_commit, temporary, final, ranks, content, keep, keep_every)
+
+    def commit() -> None:
+        _commit(temporary, final, ranks, content, keep, keep_every, fence)
+        _BACKGROUND.took(time.perf_counter() - started - waited)
+
     if background:
         copies: list[Fragment] = []
         together(lambda: copies.extend(_BACKGROUND.copied(_owned(engine))), "cannot copy the state to host memory")
@@ -78,6 +84,7 @@ def save(
     else:
         together(lambda: write_rank(temporary, rank, _owned(engine)), f"cannot write {temporary}")
         together(lambda: commit() if rank == 0 else None, f"cannot commit {final}")
+        _BACKGROUND.took(time.perf_counter() - started - waited)
     return Saved(final, waited, time.perf_counter() - started)
 
 
@@ -86,12 +93,24 @@ def finish() -> None:
     _BACKGROUND.finish()
 
 
+def longest_save() -> float:
+    """Seconds that the slowest save of this process took, from its beginning to its commit; 0 before there was one.
+
+    Those in the background count on the first rank only, which commits them.
+    """
+    return _BACKGROUND.longest_s
+
+
 class _Background:
     """The one save that may be under way in this process, and the host memory that every save uses again."""
 
     def __init__(self):
         self._memory: dict[tuple[str, str, int, int], Tensor] = {}
         self._under_way: tuple[Path, Path] | None = None  # temporary and final folder
+        self.longest_s = 0.0
+
+    def took(self, seconds: float) -> None:
+        self.longest_s = max(self.longest_s, seconds)
 
     def copied(self, owned: list[Fragment]) -> list[Fragment]:
         """The fragments with copies of their values in host memory; those of the save before are overwritten."""
@@ -165,8 +184,11 @@ def _prepare(temporary: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def _commit(temporary: Path, final: Path, ranks: int, content: dict, keep: int, keep_every: int) -> None:
+def _commit(
+    temporary: Path, final: Path, ranks: int, content: dict, keep: int, keep_every: int, fence: Callable[[], None]
+) -> None:
     write_manifest(temporary, ranks, content)
+    fence()
     remove(final)  # a damaged attempt at the same step: a sound one would have been resumed
     os.rename(temporary, final)
     fsync_folder(final.parent)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megat2i.files import write_file
-from megat2i.interrupt import end_with_parent
+from megat2i.interrupt import INTERRUPTED, end_with_parent
 from megat2i.progress import Progress
 
 LAST_LINES = 12  # of a failed job's log in the error
@@ -81,6 +81,10 @@ def run_jobs(jobs: Sequence[Job], folder: Path, workers: int) -> None:
                 del running[job.name]
                 if process.returncode:
                     raise JobError(_failure(job, process.returncode, folder))
+                if job.steps and (job.output / INTERRUPTED).exists():  # saved and left, which is no failure of its own
+                    raise JobError(
+                        f"{job.name} was asked to end before its last step. The same command goes on from there"
+                    )
                 seconds = {"seconds": time.monotonic() - began}
                 write_file(_mark(job, folder), json.dumps(_made_from(job, folder) | seconds).encode())
                 done.add(job.name)
