@@ -85,7 +85,10 @@ def test_a_preempted_job_starts_again(make_cluster, script, work, user_signal):
 
 def test_the_time_limit_is_no_end(cluster, script, work):
     job = Job(cluster, script, work, "steps=450", options=("--time=1", "--signal=USR1@15"))
-    cluster.start_again(job.id, seconds=80)
+    cluster.wait_for(job.id, ("RUNNING",), 30)
+    cluster.wait_for(job.id, ("PENDING",), 80)
+    cluster.run("scontrol", "update", f"jobid={job.id}", "TimeLimit=10")
+    cluster.start_again(job.id)
     assert job.end() == "COMPLETED" and cluster.restarts(job.id) == 1
     assert '"reason": "time limit"' in job.log or '"reason": "SIGUSR1"' in job.log
 
@@ -130,7 +133,7 @@ def test_a_run_that_leaves_as_asked_is_not_started_again(cluster, script, work, 
     job.wait_until_running()
     if end == "triggers/exit":
         (job.run_dir / "triggers/exit").touch()
-    assert job.end() == "COMPLETED" and cluster.restarts(job.id) == 0
+    assert job.end() == ("COMPLETED" if end == "stop_at" else "FAILED") and cluster.restarts(job.id) == 0
     assert ("stopped as asked" if end == "triggers/exit" else "training.stop_at") in job.log
 
 
