@@ -1,10 +1,16 @@
-"""Clusters and jobs for the tests of this folder."""
+"""Clusters and configurations for the tests of this folder."""
 
 import os
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from megat2i.config import to_yaml
 from slurm.private_cluster import PrivateCluster, missing
+
+STEPS = 120
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,7 +25,24 @@ def slurm_is_here() -> None:
 @pytest.fixture
 def make_cluster(tmp_path):
     """Function of PrivateCluster's options -> the cluster, which ends with the test."""
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
         yield lambda **options: stack.enter_context(PrivateCluster(tmp_path / "cluster", **options))
+
+
+@pytest.fixture(scope="session")
+def script(repository) -> Path:
+    return repository / "tools/slurm/pretrain.sbatch"
+
+
+@pytest.fixture(scope="session")
+def write_config(run_config):
+    """Function of (path, run folder) that writes the configuration of a tiny run of STEPS steps."""
+
+    def write(path: Path, run_dir: Path) -> Path:
+        settings = run_config(run_dir)
+        training = replace(settings.training, steps=STEPS, checkpoint_every=10, evaluate_every=50)
+        runtime = replace(settings.runtime, watchdog_s=20.0, self_test=False)
+        path.write_text(to_yaml(replace(settings, training=training, runtime=runtime)))
+        return path
+
+    return write

@@ -42,11 +42,6 @@ class Job:
         return (self.work / f"logs/megat2i-{self.id}.out").read_text()
 
 
-@pytest.fixture(scope="session")
-def script(repository) -> Path:
-    return repository / "tools/slurm/pretrain.sbatch"
-
-
 @pytest.fixture
 def cluster(make_cluster) -> PrivateCluster:
     return make_cluster()
@@ -163,3 +158,23 @@ def test_a_chain_without_progress_ends_with_a_verdict(cluster, script, work):
     assert [job.end() for job in jobs] == ["COMPLETED", "FAILED", "FAILED"]
     assert "verdict" in jobs[1].log and "verdict" in jobs[2].log and "srun" not in jobs[2].log
     assert os.listdir(work / "run/checkpoints") == []
+
+
+def test_without_its_handlers_a_program_loses_its_steps(cluster, script, work):
+    """The control of the tests above: they would see a program that does not answer."""
+    job = Job(cluster, script, work, "steps=60", "handlers=off")
+    job.wait_until_running()
+    cluster.run("scancel", "--signal=USR1", job.id)
+    cluster.start_again(job.id)
+    assert "reason" not in job.log and job.log.count("after step 0") == 3
+
+
+def test_without_kill_on_bad_exit_the_other_tasks_run_on(cluster, script, work):
+    """The control of the killed task."""
+    other = work.parent / "other.sbatch"
+    other.write_text(script.read_text().replace("--kill-on-bad-exit=1 --wait=60", ""))
+    job = Job(cluster, other, work, "steps=600")
+    job.wait_until_running()
+    cluster.kill(cluster.pids("python", "stand_in", "run.dir=")[-1:])
+    time.sleep(8)
+    assert cluster.state(job.id) == "RUNNING" and len(cluster.pids("python", "stand_in", "run.dir=")) >= 3

@@ -9,32 +9,15 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megat2i.config import to_yaml
 from megat2i.slurm import port
 from slurm.private_cluster import ENDED, PrivateCluster
 from slurm.training_job import TrainingJob, left, lines
 
-STEPS = 120
 pytestmark = pytest.mark.xdist_group("training")
-
-
-@pytest.fixture(scope="module")
-def write_config(run_config):
-    """Function of (path, run folder) that writes the configuration of the tiny run."""
-
-    def write(path: Path, run_dir: Path) -> Path:
-        settings = run_config(run_dir)
-        training = replace(settings.training, steps=STEPS, checkpoint_every=10, evaluate_every=50)
-        runtime = replace(settings.runtime, watchdog_s=20.0, self_test=False)
-        path.write_text(to_yaml(replace(settings, training=training, runtime=runtime)))
-        return path
-
-    return write
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +29,6 @@ def work(tmp_path_factory) -> Path:
 def cluster(tmp_path_factory):
     with PrivateCluster(tmp_path_factory.mktemp("slurm") / "cluster", grace=20) as cluster:
         yield cluster
-
-
-@pytest.fixture(scope="module")
-def script(repository) -> Path:
-    return repository / "tools/slurm/pretrain.sbatch"
 
 
 @pytest.fixture(scope="module")
@@ -176,13 +154,12 @@ def test_a_strangers_port(cluster, chain):
     assert f"port {port(int(chain.job.id), 0, chain.restarts - 1)}" in chain.job.log
 
 
-def test_time_limit(cluster, chain, run_dir):
-    """The program leaves before the limit that the job script has told it of, and before any signal of SLURM."""
-    cluster.run("scancel", "--signal=USR1", chain.job.id)
-    cluster.wait_for(chain.job.id, ("PENDING",), 40)
-    cluster.run("scontrol", "update", f"jobid={chain.job.id}", "TimeLimit=1")
-    chain.go_on()
-    chain.restarts += 1
+def test_time_limit(cluster, chain, submit, run_dir):
+    """The program leaves before the limit that the job script has told it of; the signal here only asks it to save."""
+    cluster.run("scancel", chain.job.id)
+    chain.job.end()
+    chain.job, chain.restarts = submit("--time=1", "--signal=USR2@1"), 1
+    chain.job.wait_for_steps()
     cluster.wait_for(chain.job.id, ("PENDING",), 90)
     assert left(run_dir)["reason"] == "time limit"
     cluster.run("scontrol", "update", f"jobid={chain.job.id}", "TimeLimit=20")
