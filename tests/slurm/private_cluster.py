@@ -123,17 +123,24 @@ class PrivateCluster:
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )
-        deadline = time.monotonic() + 30
-        while self._idle_nodes() < self.nodes:
-            if self._init.poll() is not None or time.monotonic() > deadline:
-                self.__exit__()
-                raise ClusterError(self._last_words())
-            time.sleep(0.05)
+        try:
+            self.wait_for_nodes()
+        except ClusterError:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_) -> None:
         self._init.kill()
         self._init.wait()
+
+    def wait_for_nodes(self, seconds: float = 40) -> None:
+        """Until all nodes are idle; raises ClusterError."""
+        deadline = time.monotonic() + seconds
+        while self._idle_nodes() < self.nodes:
+            if self._init.poll() is not None or time.monotonic() > deadline:
+                raise ClusterError(self._last_words())
+            time.sleep(0.05)
 
     @property
     def environment(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Trainings whose ranks do not reach each other: a cable is pulled, or a rank never comes."""
+"""Trainings whose ranks do not reach each other, and trainings under DeepSpeed's launcher."""
 
 import time
 from pathlib import Path
@@ -28,6 +28,8 @@ def test_a_pulled_cable(make_cluster, script, work, write_config):
         time.sleep(0.5)
     assert not any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_text() for pid in lost)
     cluster.cable("n2", "up")
+    cluster.wait_for_nodes()
+    time.sleep(5)  # slurmd ends what it still knows of the job, and would not tell its new start from that
     cluster.start_again(job.id, seconds=90)
     job.wait_for_steps()
     assert "after step 0" in job.log and "start 1" in job.log
@@ -43,3 +45,17 @@ def test_a_missing_rank_is_named(make_cluster, script, work, write_config):
     job = TrainingJob(cluster, script, write_config(work / "run.yaml", work / "run"), work / "run", "--no-requeue")
     assert job.end(200) == "FAILED"
     assert "rank 3 on n2 is missing" in job.log and "Traceback" not in job.log
+
+
+def test_deepspeeds_launcher_on_each_node(make_cluster, script, work, write_config):
+    """No ssh; the launchers outlive the signal that their ranks save on."""
+    cluster, run = make_cluster(), work / "run"
+    job = TrainingJob(cluster, script, write_config(work / "run.yaml", run), run, pace_s=0.1, LAUNCHER="deepspeed")
+    job.wait_for_steps()
+    cluster.run("scancel", "--signal=USR1", job.id)
+    cluster.start_again(job.id)
+    assert left(run)["reason"] == "SIGUSR1"
+    assert job.end(240) == "COMPLETED" and job.log.rstrip().endswith("finished")
+    steps = [line["step"] for line in lines(run) if "split" not in line]
+    assert steps == list(range(1, len(steps) + 1))
+    assert "engine=deepspeed" in job.log and "ranks=4" in job.log

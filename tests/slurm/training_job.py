@@ -13,14 +13,23 @@ TIMES = ("tokens_per_s", "step_s", "mfu")
 class TrainingJob:
     """tools/slurm/pretrain.sbatch with the real program, whose steps take ``pace_s`` longer than they need to."""
 
-    def __init__(self, cluster: PrivateCluster, script: Path, config: Path, run_dir: Path, *options: str, pace_s=0.3):
+    def __init__(
+        self,
+        cluster: PrivateCluster,
+        script: Path,
+        config: Path,
+        run_dir: Path,
+        *options: str,
+        pace_s: float = 0.3,
+        **variables: str,
+    ):
         self.cluster, self.run_dir, self.work = cluster, run_dir, config.parent
         (self.work / "logs").mkdir(exist_ok=True)
-        self.absent = self.work / "absent"
         environment = {"CODE": str(PACED), "CONFIG": str(config), "RUN": str(run_dir), "PACE_S": str(pace_s)}
+        environment |= {"ABSENT": str(self.work / "absent")} | variables
         layout = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--time=20", "--signal=USR1@5")
         command = ("sbatch", "--parsable", *layout, *options, str(script))
-        self.id = cluster.run(*command, cwd=self.work, environment=environment | {"ABSENT": str(self.absent)})
+        self.id = cluster.run(*command, cwd=self.work, environment=environment)
 
     def wait_for_steps(self, number: int = 3, seconds: float = 150) -> int:
         """Until this start has made ``number`` steps; the last step."""
