@@ -19,11 +19,13 @@ from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "unshare", "nsenter", "ip")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
+RANDOM = random.SystemRandom()
 KILL_WAIT = 5  # seconds between SIGTERM and SIGKILL
 CONFIGURATION = """\
 ClusterName=private
 SlurmctldHost=localhost({network}.1)
 SlurmctldPort={port}
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -96,6 +98,8 @@ class PrivateCluster:
         self._configuration = CONFIGURATION.format(
             network=self.network,
             port=port,
+            # The port at which ranks meet follows from it: clusters of one machine are not to cross.
+            first_job=RANDOM.randrange(1, 1_000_000),
             folder=self.folder,
             kill_wait=KILL_WAIT,
             extra="\n".join(extra),
@@ -134,7 +138,7 @@ class PrivateCluster:
         self._init.kill()
         self._init.wait()
 
-    def wait_for_nodes(self, seconds: float = 40) -> None:
+    def wait_for_nodes(self, seconds: float = 90) -> None:
         """Until all nodes are idle; raises ClusterError."""
         deadline = time.monotonic() + seconds
         while self._idle_nodes() < self.nodes:
@@ -173,7 +177,7 @@ class PrivateCluster:
             time.sleep(0.2)
         return state
 
-    def start_again(self, job: str, restarts: int = 1, seconds: float = 40) -> None:
+    def start_again(self, job: str, restarts: int = 1, seconds: float = 120) -> None:
         """Wait until ``job`` was requeued for the ``restarts``-th time, and start it now, not after two minutes.
 
         A job that starts in the second in which it was requeued would get a credential that slurmd takes for the one
@@ -246,7 +250,7 @@ def _die_with_parent() -> None:
 def _free_ports(nodes: int) -> tuple[int, int, int]:
     """A free port for the controller, and the first and last of as many free ones in a row as there are nodes."""
     for _ in range(100):
-        start = random.SystemRandom().randrange(20_000, 32_000)  # below the ports that the system gives away
+        start = RANDOM.randrange(20_000, 32_000)  # below the ports that the system gives away
         probes = [socket.socket() for _ in range(nodes + 1)]
         try:
             for number, probe in enumerate(probes):

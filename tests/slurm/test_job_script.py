@@ -3,12 +3,14 @@
 A stand-in program keeps to what the script may rely on; the trainings themselves are in test_training.py.
 """
 
+import json
 import os
 import time
 from pathlib import Path
 
 import pytest
 
+from megat2i.job_scripts import job_script
 from slurm.private_cluster import ENDED, PrivateCluster
 
 STAND_IN = Path(__file__).parent / "stand_in"
@@ -34,7 +36,7 @@ class Job:
             time.sleep(0.1)
         time.sleep(1)
 
-    def end(self, seconds: float = 60) -> str:
+    def end(self, seconds: float = 120) -> str:
         return self.cluster.wait_for(self.id, ENDED, seconds)
 
     @property
@@ -178,3 +180,15 @@ def test_without_kill_on_bad_exit_the_other_tasks_run_on(cluster, script, work):
     cluster.kill(cluster.pids("python", "stand_in", "run.dir=")[-1:])
     time.sleep(8)
     assert cluster.state(job.id) == "RUNNING" and len(cluster.pids("python", "stand_in", "run.dir=")) >= 3
+
+
+def test_the_papers_layout_of_8_nodes_with_8_gpus(make_cluster, repository, work):
+    """The script as tools/submit.py makes it for 64 GPUs, which are pretended ones: a task for each."""
+    cluster = make_cluster(nodes=8, cpus=8, gpus=8)
+    (work / "logs").mkdir(parents=True)
+    settings = {"CODE": str(STAND_IN), "CONFIG": "x.yaml", "RUN": str(work / "run")}
+    (work / "job.sbatch").write_text(job_script("pretrain", {"nodes": 8}, settings, ["steps=20"]))
+    job = cluster.run("sbatch", "--parsable", "job.sbatch", cwd=work)
+    assert cluster.wait_for(job, ENDED, 120) == "COMPLETED"
+    record = json.loads((work / "run/environment.json").read_text())
+    assert record["slurm"]["nodes"] == "n[1-8]" and record["tasks"] == "64"

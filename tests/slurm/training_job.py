@@ -31,7 +31,7 @@ class TrainingJob:
         command = ("sbatch", "--parsable", *layout, *options, str(script))
         self.id = cluster.run(*command, cwd=self.work, environment=environment)
 
-    def wait_for_steps(self, number: int = 3, seconds: float = 150) -> int:
+    def wait_for_steps(self, number: int = 3, seconds: float = 300) -> int:
         """Until this start has made ``number`` steps; the last step."""
         deadline, first = time.monotonic() + seconds, None
         while time.monotonic() < deadline:
@@ -51,7 +51,7 @@ class TrainingJob:
         record = json.loads(path.read_text())["slurm"] if path.exists() else {"job": None, "restart": "0"}
         return (record["job"], int(record["restart"])) == (self.id, self.cluster.restarts(self.id))
 
-    def end(self, seconds: float = 150) -> str:
+    def end(self, seconds: float = 300) -> str:
         return self.cluster.wait_for(self.id, ENDED, seconds)
 
     def ranks(self) -> list[int]:

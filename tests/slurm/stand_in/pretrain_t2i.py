@@ -57,7 +57,10 @@ def newest() -> int:
 (run / "crashed").unlink(missing_ok=True)
 assert ("--resume" in sys.argv) == (run / "config.yaml").exists() or rank
 write("config.yaml", {})
-write("environment.json", {"slurm": start | {"nodes": os.environ["SLURM_JOB_NODELIST"]}, "earlier": []})
+write(
+    "environment.json",
+    {"slurm": start | {"nodes": os.environ["SLURM_JOB_NODELIST"]}, "tasks": os.environ["SLURM_NTASKS"]},
+)
 first = step = newest()
 while step < min(steps, stop_at):
     time.sleep(STEP_S)
