@@ -82,6 +82,7 @@ bench-gpu: gpu-path
 bench: env-test
 	@PYTHON="$(PYTHON)" sh tools/check_machine.sh compiler
 	$(BIN)/python benchmarks/bench_dataset.py
+	$(BIN)/python benchmarks/bench_verification.py
 	$(BIN)/python benchmarks/bench_preprocess.py
 	$(BIN)/python benchmarks/bench_training.py
 	$(BIN)/python benchmarks/bench_recompute.py vocab.text_tokens=1024

@@ -1,7 +1,10 @@
 """Trainings that were launched: what their launchers set, a port for them, and waiting for them."""
 
+import os
+import signal
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -37,5 +40,7 @@ def wait_for_step(run_dir: Path, step: int, process) -> None:
         if (run_dir / "metrics.jsonl").exists() and f'"step": {step},' in (run_dir / "metrics.jsonl").read_text():
             return
         time.sleep(0.005)
+    with suppress(ProcessLookupError):  # it may train for hours
+        os.killpg(process.pid, signal.SIGKILL)
     output, errors = process.communicate()
     pytest.fail(f"step {step} was not reached while the run was alive:\n{output}{errors}")

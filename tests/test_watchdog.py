@@ -178,7 +178,8 @@ def test_training_survives_its_watchdogs_and_they_do_not_survive_it(ranks):
     group.reach(5)
     watchdogs = group.watchdogs()
     assert sorted(watchdogs) == [0, 1]
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # what launchers and terminals send around
+    # What launchers, terminals and SLURM send to all processes.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         os.kill(watchdogs[1], number)
     os.kill(watchdogs[0], signal.SIGKILL)
     time.sleep(LIMIT)

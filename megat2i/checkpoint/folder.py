@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megat2i.checkpoint import manifest as manifests
 from megat2i.checkpoint.agreement import CheckpointError
-from megat2i.checkpoint.manifest import part_size, read_manifest, write_json
-from megat2i.files import step_of
+from megat2i.checkpoint.manifest import part_size, read_manifest
+from megat2i.files import PendingFile, fsync_folder, step_of
 from megat2i.optim.engine import Fragment
 from megat2i.optim.finite import KIND_NAMES, row_not_finite
 from megat2i.parallel.shard import Box
@@ -142,7 +142,16 @@ def write_rank(folder: Path, rank: int, fragments: list[Fragment]) -> None:
         save_file(tensors, folder / file)
         os.chmod(folder / file, os.stat(folder).st_mode & 0o666)  # the library leaves it to its owner alone
         files[file] = _describe_and_sync(folder / file)
-    write_json(listing(folder, rank), {"files": files, "parts": parts})
+    _write_listing(listing(folder, rank), {"files": files, "parts": parts})
+
+
+def _write_listing(path: Path, content: dict) -> None:
+    """Write a rank's listing, its last act in the folder: the first rank renames that as soon as all listings exist."""
+    file = PendingFile(path)
+    file.write(json.dumps(content).encode())
+    file.flush_to_disk()
+    fsync_folder(path.parent)  # for the rank's other file; the manifest's writer does it once more, for the listing
+    os.rename(file.temporary, path)
 
 
 def _describe_and_sync(path: Path) -> dict:

@@ -45,8 +45,9 @@ class IndexedDataset:
     """A store opened for reading. The index is memory-mapped; nothing is copied at opening.
 
     Tokens are read, not mapped: a .bin that becomes shorter while it is open would kill the process by its map, or give
-    zeros. Attributes: ``lengths`` int32[S], ``documents`` int64[D] (document d is sequences documents[d]..
-    documents[d+1]-1), ``modes`` int8[S] or None, ``token_count``, ``dtype``, ``manifest`` or None.
+    zeros. The index is mapped, and its size is looked at before a row is read. Attributes: ``lengths`` int32[S],
+    ``documents`` int64[D] (document d is sequences documents[d]..documents[d+1]-1), ``modes`` int8[S] or None,
+    ``token_count``, ``dtype``, ``manifest`` or None.
 
     Raises DataFileError where a file is missing or its structure is not exactly what the format says, and, for a store
     with a manifest, where the .idx is not the one that the manifest was written for.
@@ -58,7 +59,9 @@ class IndexedDataset:
         self.manifest = Manifest.read(prefix)
         if self.manifest is not None:
             self.manifest.verify(prefix, data=False)
-        self._index = index = _map_file(self.index_path)
+        self._idx = _open_file(self.index_path)
+        weakref.finalize(self, os.close, self._idx)
+        self._index = index = _map_file(self._idx)
         self.dtype, sequences, bounds, has_modes = _read_header(self.index_path, index)
         at = HEADER.size
         self.lengths = np.frombuffer(index, "<i4", sequences, at)
@@ -93,6 +96,7 @@ class IndexedDataset:
         """Tokens of ``count`` adjacent sequences, in the dtype of the file, by one read."""
         if not 0 <= first <= first + count <= len(self.lengths):
             raise IndexError(f"{self.prefix}: sequences {first} to {first + count - 1} of {len(self)}")
+        self._require_index()
         lengths = self.lengths[first : first + count].tolist()
         tokens = self.read(int(self._pointers[first]) // self.dtype.itemsize, sum(lengths))
         parts, end = [], 0
@@ -118,27 +122,42 @@ class IndexedDataset:
             while done < size:  # also where the kernel ends a long read early
                 more = os.preadv(self._bin, [memoryview(buffer).cast("B")[done:]], offset + done)
                 if not more:
-                    now, then = self.bin_status()[0], self.token_count * self.dtype.itemsize
-                    remedy = "Copy the file again; a training goes on with --resume"
-                    raise DataFileError(self.bin_path, f"{now:,} bytes, {then:,} when it was opened", remedy)
+                    now, then = os.fstat(self._bin).st_size, self.token_count * self.dtype.itemsize
+                    raise _other_size(self.bin_path, now, then)
                 done += more
         except OSError as error:
-            raise self._storage_error(error) from error
+            raise _storage_error(self.bin_path, error) from error
 
-    def bin_status(self) -> tuple[int, int]:
-        """Size in bytes and time of the last change (ns) of the open .bin; who overwrites it in place changes them."""
+    def status(self) -> list[tuple[int, int]]:
+        """Size in bytes and time of the last change (ns) of the open .bin and .idx; who overwrites one changes them."""
         try:
-            status = os.fstat(self._bin)
+            files = [os.fstat(self._bin), os.fstat(self._idx)]
         except OSError as error:
-            raise self._storage_error(error) from error
-        return status.st_size, status.st_mtime_ns
+            raise _storage_error(self.bin_path, error) from error
+        return [(file.st_size, file.st_mtime_ns) for file in files]
 
-    def _storage_error(self, error: OSError) -> DataFileError:
-        remedy = "Find the fault of the storage, then continue with --resume"
-        return DataFileError(self.bin_path, f"cannot be read ({error.strerror})", remedy)
+    def verify_index(self) -> None:
+        """Compare the open .idx, as it is now, with its manifest, where there is one. Raises DataFileError."""
+        if self.manifest is None:
+            return
+        digest = hashlib.sha256()
+        try:
+            for offset in range(0, len(self._index), COPY_BYTES):
+                digest.update(os.pread(self._idx, COPY_BYTES, offset))
+        except OSError as error:
+            raise _storage_error(self.index_path, error) from error
+        if digest.hexdigest() != self.manifest.index_sha256:
+            problem = "was overwritten since it was opened, with other bytes"
+            raise DataFileError(self.index_path, problem, "Copy the file again, then continue with --resume")
+
+    def _require_index(self) -> None:
+        now, then = self._index.size(), len(self._index)
+        if now != then:
+            raise _other_size(self.index_path, now, then)
 
     def byte_offsets(self, sequences: np.ndarray) -> np.ndarray:
         """Where in the .bin the ``sequences`` (numbers [n]) begin, int64 [n]."""
+        self._require_index()
         return self._pointers[sequences]
 
     def _check_structure(self) -> int:
@@ -189,6 +208,16 @@ class IndexedDataset:
         raise DataFileError(self.index_path, problem, REBUILD)
 
 
+def _storage_error(path: Path, error: OSError) -> DataFileError:
+    remedy = "Find the fault of the storage, then continue with --resume"
+    return DataFileError(path, f"cannot be read ({error.strerror})", remedy)
+
+
+def _other_size(path: Path, now: int, then: int) -> DataFileError:
+    remedy = "Copy the file again; a training goes on with --resume"
+    return DataFileError(path, f"{now:,} bytes, {then:,} when it was opened", remedy)
+
+
 def _open_file(path: Path, expected_bytes: int | None = None) -> int:
     """The descriptor of a file opened for reading, of ``expected_bytes`` if they are given."""
     try:
@@ -203,13 +232,9 @@ def _open_file(path: Path, expected_bytes: int | None = None) -> int:
     return descriptor
 
 
-def _map_file(path: Path) -> mmap.mmap | bytes:
-    """A read-only map of a file."""
-    descriptor = _open_file(path)
-    try:
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) if os.fstat(descriptor).st_size else b""
-    finally:
-        os.close(descriptor)
+def _map_file(descriptor: int) -> mmap.mmap | bytes:
+    """A read-only map of an open file."""
+    return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) if os.fstat(descriptor).st_size else b""
 
 
 def _read_header(path: Path, index) -> tuple[np.dtype, int, int, bool]:

@@ -118,13 +118,15 @@ class Verification:
             if status != self._status:
                 self._status, self.complete, self.verified = status, False, 0
                 self._work = self._pieces(self._mine(_file_order(self.stores)))
+                for store in self.stores:
+                    store.verify_index()
             if not self.complete:
                 self.complete = next(self._work, None) is None
         except DataFileError as error:
             self.problem = error
 
-    def _statuses(self) -> list[tuple[int, int]]:
-        return [store.bin_status() for store in self.stores]
+    def _statuses(self) -> list[list[tuple[int, int]]]:
+        return [store.status() for store in self.stores]
 
     def _in_order(self) -> Iterator[Block]:
         """This rank's share of all blocks, those first that the steps to come read first."""

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from distributed import run_ranks
 from numbered_engine import flat_engine, newest, rewrite_manifest, save_steps
 
-from megat2i import checkpoint
+from megat2i import checkpoint, files
 from megat2i.checkpoint import CheckpointError, saving
+from megat2i.checkpoint import folder as checkpoint_folder
 
 
 def slow_writing(monkeypatch, seconds: float, rank: int = 0) -> None:
@@ -125,6 +126,25 @@ def test_a_commit_that_fails_is_told_to_all(tmp_path):
             CheckpointError, match="cannot commit .*step-4: " + ("" if dist.get_rank() == 0 else "another rank")
         ):
             checkpoint.finish()
+
+    run_ranks(2, run)
+
+
+def test_a_rank_whose_folder_is_slow_to_sync_has_not_listed_its_part_yet(tmp_path, monkeypatch):
+    """The first rank renames the folder as soon as all listings are there: nothing may use its old name after that."""
+    sync = files.fsync_folder
+
+    def slow(folder: Path) -> None:
+        if dist.get_rank() == 1:
+            time.sleep(0.3)
+        sync(folder)
+
+    def run():
+        for module in (files, checkpoint_folder):
+            monkeypatch.setattr(module, "fsync_folder", slow)
+        save_steps(tmp_path, 2, background=True)
+        checkpoint.finish()
+        assert newest(tmp_path) == (2, [])
 
     run_ranks(2, run)
 

@@ -143,13 +143,16 @@ def test_sequence_outlives_the_store(store, pairs):
 
 def test_an_open_file_that_becomes_shorter_gives_an_error_and_no_zeros(store, pairs):
     """Through a map the last page would hold zeros, and those behind it would kill the process."""
-    opened, path = IndexedDataset(store), Path(f"{store}.bin")
-    last, size = len(opened) - 1, path.stat().st_size
-    assert opened.sequence(last).tolist() == pairs[-1][1].tolist()
-    for shorter in (size - 2, 2, 0):
-        os.truncate(path, shorter)
-        with pytest.raises(DataFileError, match=rf"\.bin: {shorter} bytes, {size} when it was opened"):
-            opened.sequence(last)
+    for suffix in (".bin", ".idx"):
+        opened, path = IndexedDataset(store), Path(f"{store}{suffix}")
+        content, last = path.read_bytes(), len(opened) - 1
+        assert opened.sequence(last).tolist() == pairs[-1][1].tolist()
+        for shorter in (len(content) - 2, 2, 0):
+            os.truncate(path, shorter)
+            message = rf"\{suffix}: {shorter} bytes, {len(content)} when it was opened"
+            with pytest.raises(DataFileError, match=message):
+                opened.sequence(last)
+        path.write_bytes(content)
 
 
 def test_a_store_that_is_gone_leaves_no_descriptor_open(store):
@@ -159,7 +162,7 @@ def test_a_store_that_is_gone_leaves_no_descriptor_open(store):
     gc.collect()
     before = descriptors()
     stores = [IndexedDataset(store) for _ in range(20)]
-    assert descriptors() == before + 20 * 2  # the .bin, and the file under the map of the index
+    assert descriptors() == before + 20 * 3  # the .bin, the .idx, and the file under its map
     del stores
     assert descriptors() == before
 

@@ -162,6 +162,17 @@ def test_a_file_that_is_overwritten_under_a_running_training_is_noticed(watched,
     assert "bytes 300 to 399 differ" in str(watched.problem) and "after step 3" in str(watched.problem)
 
 
+def test_an_index_that_is_overwritten_under_a_running_training_is_noticed(watched, small_blocks):
+    path, before = Path(f"{small_blocks}.idx"), watched._status
+    content = path.read_bytes()
+    overwrite(path, 0, content)
+    wait_for(lambda: watched._status != before and watched.complete)
+    assert watched.problem is None
+    overwrite(path, len(content) - 1, bytes([content[-1] ^ 1]))  # the mode of the last sequence
+    wait_for(lambda: watched.problem)
+    assert f"{path}: was overwritten since it was opened, with other bytes" in str(watched.problem)
+
+
 def test_a_file_that_becomes_shorter_under_a_running_training_is_noticed(watched, small_blocks):
     os.truncate(f"{small_blocks}.bin", 500)
     wait_for(lambda: watched.problem)

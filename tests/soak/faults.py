@@ -4,9 +4,11 @@ the run had ended before and nothing was hurt. What must not happen raises Failu
 import hashlib
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -48,25 +50,49 @@ def kill_all(trial: Trial) -> Result | None:
 
 def terminate(trial: Trial) -> Result | None:
     """SIGTERM of one rank or all."""
-    return _signal(trial, [signal.SIGTERM], everyone=trial.rng.random() < 0.5)
+    return _signal(trial, [signal.SIGTERM], everyone=trial.rng.random() < 0.5, saves=True)
+
+
+def warn(trial: Trial) -> Result | None:
+    """SIGUSR1, a job's warning before its end, of one rank or all."""
+    return _signal(trial, [signal.SIGUSR1], everyone=trial.rng.random() < 0.5, saves=True)
+
+
+def ask_to_save(trial: Trial) -> Result | None:
+    """SIGUSR2 of a rank, or RUN/triggers/save: the run goes on."""
+    launch = trial.at_random_instant(steps=2)
+    if launch is None:
+        return None
+    hurt, how = time.monotonic(), trial.rng.choice(("SIGUSR2", "triggers/save"))
+    if how == "SIGUSR2":
+        launch.signal(trial.rng.randrange(trial.variant.ranks), signal.SIGUSR2)
+    else:
+        (trial.run / "triggers").mkdir(exist_ok=True)
+        (trial.run / "triggers" / "save").touch()
+    if not trial.progressing_further(launch):
+        raise Failure("LOST", f"ended by {how}: {tail(launch)}")
+    return Result("equal", how, time.monotonic() - hurt)
 
 
 def interrupt(trial: Trial) -> Result | None:
     """SIGINT of one rank or all, once or, as DeepSpeed's launcher does it, with a SIGTERM behind."""
     numbers = trial.rng.choice(([signal.SIGINT], [signal.SIGINT, signal.SIGTERM]))
-    return _signal(trial, numbers, everyone=trial.rng.random() < 0.5)
+    return _signal(trial, numbers, everyone=trial.rng.random() < 0.5, saves=True)
 
 
-def _signal(trial: Trial, numbers: list[int], everyone: bool) -> Result | None:
+def _signal(trial: Trial, numbers: list[int], everyone: bool, saves: bool = False) -> Result | None:
+    """``saves``: a training that has begun must answer by saving its last step."""
     launch = trial.at_random_instant()
     if launch is None:
         return None
-    hurt, ranks = time.monotonic(), trial.variant.ranks
+    hurt, ranks, begun = time.monotonic(), trial.variant.ranks, launch.steps >= 2
     victims = range(ranks) if everyone else [trial.rng.randrange(ranks)]
     for number in numbers:
         for rank in victims:
             launch.signal(rank, number)
     trial.all_end()
+    if saves and begun:
+        trial.require_saved(launch)
     return Result(trial.recover(), f"{'all' if len(victims) == ranks else 'one'} of {ranks}", time.monotonic() - hurt)
 
 
@@ -138,15 +164,19 @@ def launcher(trial: Trial) -> Result | None:
     if launch.over():
         trial.complete()
         return None
-    Path(launch.pace.hold).touch()  # else ranks without a launcher would come to the run's end, and to theirs
-    hurt, what = time.monotonic(), trial.rng.choice(("SIGTERM", "SIGINT", "SIGKILL", "Ctrl-C", "SIGKILL of a rank"))
+    begun, what = launch.steps >= 2, trial.rng.choice(("SIGTERM", "SIGINT", "SIGKILL", "Ctrl-C", "SIGKILL of a rank"))
+    if what != "Ctrl-C":  # else ranks without a launcher would come to the run's end, and to theirs
+        Path(launch.pace.hold).touch()
+    hurt = time.monotonic()
     if what == "Ctrl-C":
         os.killpg(launch.launcher.pid, signal.SIGINT)
     elif what == "SIGKILL of a rank":
         launch.signal(trial.rng.randrange(trial.variant.ranks), signal.SIGKILL)
     else:
         launch.launcher.send_signal(getattr(signal, what))
-    trial.all_end(RANK_S if what == "SIGKILL of a rank" else LAUNCHER_S)
+    trial.all_end(LAUNCHER_S if what in ("SIGTERM", "SIGINT", "SIGKILL") else RANK_S)
+    if what == "Ctrl-C" and begun:
+        trial.require_saved(launch)
     return Result(trial.recover(), what, time.monotonic() - hurt)
 
 
@@ -204,8 +234,11 @@ def full_disk(trial: Trial) -> Result | None:
     if launch is None:
         return None
     hurt, ballast = time.monotonic(), trial.disk / "ballast"
-    _fill(ballast, trial.rng.randrange(int(0.9 * size)))
-    trial.wait(launch, 60, launch.steps + 12)
+    leave, last = trial.rng.randrange(int(0.9 * size)), launch.steps + 12
+    end = time.monotonic() + 60 * trial.patience
+    while launch.steps < last and not launch.over() and time.monotonic() < end:
+        _fill(ballast, leave)  # again: a save that was under way removes an older checkpoint
+        launch.wait(0.05)
     if launch.over() and not launch.failed():
         ballast.unlink()
         trial.launch = None
@@ -223,23 +256,26 @@ def full_disk(trial: Trial) -> Result | None:
 
 
 def _fill(ballast: Path, leave: int) -> None:
-    """Fill the file system that ``ballast`` lies in, but for ``leave`` bytes."""
+    """Let ``ballast`` grow until its file system has at most ``leave`` bytes of room."""
     usage = os.statvfs(ballast.parent)
     assert usage.f_blocks * usage.f_frsize <= TMPFS_MIB << 20, "not the trial's own file system"
-    with open(ballast, "wb", buffering=0) as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, usage.f_bavail * usage.f_frsize - leave))
+    surplus = usage.f_bavail * usage.f_frsize - leave
+    if surplus > 0:
+        with open(ballast, "ab", buffering=0) as file, suppress(OSError):  # the training may be faster
+            os.posix_fallocate(file.fileno(), file.tell(), surplus)
 
 
 def truncate_while_training(trial: Trial) -> Result | None:
-    """The dataset's .bin loses its end while it is read."""
+    """The dataset's .bin or .idx loses its end while it is read."""
     launch = trial.at_random_instant(steps=1)
     if launch is None:
         return None
-    tokens = Path(f"{trial.prefix}.bin")
-    trial.copy(tokens)
+    suffix = trial.rng.choice((".bin", ".idx"))
+    path = Path(f"{trial.prefix}{suffix}")
+    trial.copy(path)
     hurt = time.monotonic()
-    os.truncate(tokens, trial.rng.randrange(tokens.stat().st_size))
-    return _ends_by_name(trial, "", hurt)
+    os.truncate(path, trial.rng.randrange(path.stat().st_size))
+    return _ends_by_name(trial, suffix, hurt)
 
 
 def tokens_damaged(trial: Trial) -> Result | None:
@@ -291,28 +327,37 @@ def _dataset_damaged(trial: Trial, path: Path) -> Result | None:
     trained = trial.rng.random() < 0.1
     if trained:
         trial.stop()
+        return _training_on_damaged(trial, path)
+    # A copy: the training of this trial may be running.
+    shutil.copytree(trial.prefix.parent, trial.folder / "damaged")
+    prefix = trial.folder / "damaged" / trial.prefix.name
+    before = in_child(lambda: _content(prefix))
+    how, hurt = damage.mutate(prefix.with_name(path.name), trial.rng), time.monotonic()
+    answer = in_child(lambda: _content(prefix))
+    seconds = time.monotonic() - hurt
+    shutil.rmtree(prefix.parent)
+    if "refused" not in answer and answer != before:
+        raise Failure("WRONG", f"{path.name}, {how}: opened with another content")
+    if str(prefix) not in answer.get("refused", str(prefix)):
+        raise Failure("TRACEBACK", f"{path.name}, {how}: no file is named: {answer}")
+    return Result("refused" if "refused" in answer else "equal", how, seconds, trained=False)
+
+
+def _training_on_damaged(trial: Trial, path: Path) -> Result:
+    trial.stop()
     trial.copy(path)
-    before = None if trained else in_child(lambda: _content(trial))
     how, hurt = damage.mutate(path, trial.rng), time.monotonic()
-    if trained:
-        outcome = trial.recover()
-    else:
-        answer = in_child(lambda: _content(trial))
-        if "refused" not in answer and answer != before:
-            raise Failure("WRONG", f"{path.name}, {how}: opened with another content")
-        if str(trial.prefix) not in answer.get("refused", str(trial.prefix)):
-            raise Failure("TRACEBACK", f"{path.name}, {how}: no file is named: {answer}")
-        outcome = "refused" if "refused" in answer else "equal"
+    outcome = trial.recover()
     seconds = time.monotonic() - hurt
     trial.repair()
-    return Result(outcome, how, seconds, trained)
+    return Result(outcome, how, seconds)
 
 
-def _content(trial: Trial) -> dict:
+def _content(prefix: Path) -> dict:
     """What the program's reader makes of the dataset: its tokens and what they mean."""
     from megat2i.data.indexed import IndexedDataset
 
-    store = IndexedDataset(trial.prefix)
+    store = IndexedDataset(prefix)
     tokens = store.read(0, int(store.lengths.sum()))
     arrays = (tokens, store.lengths, store.documents, store.modes)
     digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
@@ -403,13 +448,15 @@ KINDS = (
     Kind("SIGKILL at a change of a file", kill_at_change, 6),
     Kind("SIGTERM", terminate, 3),
     Kind("SIGINT", interrupt, 3),
+    Kind("SIGUSR1", warn, 3),
+    Kind("SIGUSR2, trigger file", ask_to_save, 3),
     Kind("SIGSTOP, then SIGCONT", pause, 3),
     Kind("SIGSTOP for good", stop_for_good, 1, lambda: None if has_watchdog() else "no runtime.watchdog_s here"),
     Kind("launcher", launcher, 1),
     Kind("second run in the folder", second_run, 3),
     Kind("clock set back", clock, 3),
     Kind("disk full", full_disk, 3, lambda: None if can_mount() else "no right to mount a small disk"),
-    Kind("tokens truncated in training", truncate_while_training, 2),
+    Kind("dataset truncated in training", truncate_while_training, 2),
     Kind(".bin", tokens_damaged, 6),
     Kind(".idx", index_damaged, 10),
     Kind(".json", manifest_damaged, 10),

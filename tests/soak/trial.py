@@ -170,6 +170,14 @@ class Trial:
         self.launch = None
         self.audit()
 
+    def require_saved(self, launch: Launch) -> None:
+        """Failure LOST where a launch that was asked to save and leave has not saved the last step of its record."""
+        newest = max((step_of(path) for path in self.sound()), default=0)
+        last = max((entry["step"] for entry in metrics(self.run)), default=0)
+        told = [name for name in ("interrupted", "finished") if (self.run / name).exists()]
+        if len(told) != 1 or newest != last or json.loads((self.run / told[0]).read_text())["step"] != newest:
+            raise Failure("LOST", f"asked to save step {last}: {told}, newest checkpoint {newest}: {tail(launch)}")
+
     def recover(self, **fields) -> str:
         """Start again as a user would, and repair what the program asks to repair; returns "equal" or "refused"."""
         if self.progressing(self.start(**fields)):
