@@ -65,9 +65,10 @@ first = step = newest()
 while step < min(steps, stop_at):
     time.sleep(STEP_S)
     step += 1
+    why = reason()
     if (run / "crashed").exists():  # there is no saving without all ranks
         sys.exit(1)
-    if why := reason():
+    if why:
         (run / f"checkpoints/step-{step}").mkdir(exist_ok=True)
         write("interrupted", {"step": step, "reason": why} | start)
         sys.exit(0)
