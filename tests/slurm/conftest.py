@@ -4,6 +4,7 @@ import os
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -22,11 +23,18 @@ def slurm_is_here() -> None:
         pytest.skip(problem)
 
 
+@pytest.fixture(scope="module")
+def short_folder():
+    """Function that makes a folder: SLURM's sockets have room for 108 characters, and pytest's folders are deep."""
+    with ExitStack() as stack:
+        yield lambda: Path(stack.enter_context(TemporaryDirectory(prefix="slurm-")))
+
+
 @pytest.fixture
-def make_cluster(tmp_path):
+def make_cluster(short_folder):
     """Function of PrivateCluster's options -> the cluster, which ends with the test."""
     with ExitStack() as stack:
-        yield lambda **options: stack.enter_context(PrivateCluster(tmp_path / "cluster", **options))
+        yield lambda **options: stack.enter_context(PrivateCluster(short_folder(), **options))
 
 
 @pytest.fixture(scope="session")

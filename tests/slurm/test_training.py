@@ -26,8 +26,8 @@ def work(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    with PrivateCluster(tmp_path_factory.mktemp("slurm") / "cluster", grace=20) as cluster:
+def cluster(short_folder):
+    with PrivateCluster(short_folder(), grace=20) as cluster:
         yield cluster
 
 
