@@ -16,6 +16,7 @@ overrides = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in a
 run, rank = Path(overrides["run.dir"]), int(os.environ["SLURM_PROCID"])
 steps, stop_at = int(overrides.get("steps", 100)), int(overrides.get("stop_at", 10**9))
 start = {"job": os.environ["SLURM_JOB_ID"], "restart": os.environ.get("SLURM_RESTART_COUNT", "0")}
+crashed = run / "crashed-{job}-{restart}".format(**start)
 signals = []
 if overrides.get("handlers") != "off":
     for number in (signal.SIGUSR1, signal.SIGTERM):
@@ -54,7 +55,6 @@ def newest() -> int:
 
 
 (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-(run / "crashed").unlink(missing_ok=True)
 assert ("--resume" in sys.argv) == (run / "config.yaml").exists() or rank
 write("config.yaml", {})
 write(
@@ -66,14 +66,14 @@ while step < min(steps, stop_at):
     time.sleep(STEP_S)
     step += 1
     why = reason()
-    if (run / "crashed").exists():  # there is no saving without all ranks
+    if crashed.exists():  # there is no saving without all ranks
         sys.exit(1)
     if why:
         (run / f"checkpoints/step-{step}").mkdir(exist_ok=True)
         write("interrupted", {"step": step, "reason": why} | start)
         sys.exit(0)
     if rank == 1 and step - first == int(overrides.get("crash_after", -1)):
-        (run / "crashed").touch()
+        crashed.touch()
         sys.exit(3)
 if step >= steps:
     write("finished", {"step": step})
