@@ -11,8 +11,12 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 GPU_PYTHON := $(or $(PY),$(BIN)/python)
 GPU_ENV := $(if $(PY),,env-test)
 
+<<<<<<< HEAD
 .PHONY: env env-test demo test test-full gpu-path test-gpu sanitize-gpu bench-gpu lint bench soak clean
 .PHONY: image image-gpu test-images
+=======
+.PHONY: env env-test demo test test-full test-slurm gpu-path test-gpu sanitize-gpu bench-gpu lint bench soak clean
+>>>>>>> scripts
 
 # env: what the demo needs. env-test: with it what the tests, the linter and the benchmarks need.
 env: $(VENV)/.installed
@@ -35,6 +39,11 @@ test: env-test lint
 
 test-full: env-test lint
 	$(PYTEST) --full
+
+# On a private SLURM cluster: apt-get install slurm-wlm munge; skipped where it cannot be, failed where CI is set.
+test-slurm: env-test
+	@if command -v shellcheck > /dev/null; then shellcheck tools/slurm/*.sbatch; fi
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slurm -n 3 --dist loadgroup tests/slurm
 
 # On a machine with a GPU and a CUDA build of PyTorch of its own, without installing anything and without a network:
 # make test-gpu PY=python. The kernels need torch, triton and pytest; the model also numpy, omegaconf, safetensors, tqdm,

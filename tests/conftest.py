@@ -40,6 +40,12 @@ def pytest_addoption(parser):
     parser.addoption("--golden", type=Path, default=shared / "golden", help="folder of the golden files")
     parser.addoption("--shared-data", type=Path, default=shared / "data", help="folder of the shared data")
     parser.addoption("--full", action="store_true", help="also run the tests marked full")
+    parser.addoption("--slurm", action="store_true", help="run the tests that start a SLURM cluster")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """What ``make test-slurm`` runs is not even collected by the others."""
+    return True if collection_path == REPOSITORY / "tests/slurm" and not config.getoption("--slurm") else None
 
 
 def pytest_collection_modifyitems(config, items):

@@ -55,7 +55,18 @@ FLOORS = (
         "save_requests",
         "self_test",
     },
-    {"pretrain", "run_folder", "run_lock", "planner", "experiments", "serving", "pretrain_t2i", "tools", "examples"},
+    {
+        "pretrain",
+        "run_folder",
+        "run_lock",
+        "planner",
+        "experiments",
+        "job_scripts",
+        "serving",
+        "pretrain_t2i",
+        "tools",
+        "examples",
+    },
 )
 PRODUCT = sorted(
     [

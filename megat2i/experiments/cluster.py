@@ -21,6 +21,7 @@ from megat2i.experiments.arms import EXPERIMENTS, LANGUAGE_MODEL, PAPER, Arm, ar
 from megat2i.experiments.evaluations import picture_jobs, probe_job, reference
 from megat2i.experiments.miniature import train_list
 from megat2i.files import write_file
+from megat2i.job_scripts import job_script
 from megat2i.planner.hardware import GPUS
 from megat2i.planner.layout import Job
 from megat2i.planner.ranking import Planned, plan
@@ -36,23 +37,6 @@ STATED_VALUES = (
     ("optimizer.lr", "5e-05"), ("optimizer.lr", "0.0003"), ("training.steps", str(PAPER.steps)),
     ("training.warmup_steps", "2000"),
 )  # fmt: skip
-SCRIPT = """#!/bin/bash
-#SBATCH --job-name={name}
-#SBATCH --nodes={nodes}
-#SBATCH --ntasks-per-node={tasks}
-#SBATCH --gpus-per-node={tasks}
-#SBATCH --time={limit}
-#SBATCH --output={folder}/jobs/%x-%j.log
-set -euo pipefail
-{body}
-"""
-TRAINING = """\
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=29500
-resume=()
-if [ -e {run}/config.yaml ]; then resume=(--resume); fi
-srun python {tool} --config {config} "${{resume[@]}}"\
-"""
 
 
 @dataclass(frozen=True)
@@ -84,13 +68,16 @@ class Files:
 
 @dataclass(frozen=True)
 class ClusterJob:
-    """One sbatch script: ``body`` runs after the jobs ``needs``, on ``nodes`` with ``tasks`` GPUs each, for ``hours``.
+    """One sbatch script, which runs after the jobs ``needs``, on ``nodes`` with ``tasks`` GPUs each, for ``hours``.
 
-    ``tokens``, ``settings`` beyond the shared configuration with their marks, and ``config``, the file: of training.
+    ``template``: of tools/slurm, with its ``variables`` and ``arguments``. ``tokens``, ``settings`` beyond the shared
+    configuration with their marks, and ``config``, the file: of training.
     """
 
     name: str
-    body: str
+    template: str
+    variables: dict[str, str]
+    arguments: tuple[str, ...]
     needs: tuple[str, ...]
     hours: float
     nodes: int = 1
@@ -104,10 +91,15 @@ class ClusterJob:
         return self.hours * self.nodes * self.tasks
 
     def script(self, folder: Path) -> str:
-        limit = f"{int(self.hours * MARGIN) + 1}:00:00"
-        return SCRIPT.format(
-            name=self.name, nodes=self.nodes, tasks=self.tasks, limit=limit, folder=folder, body=self.body
-        )
+        options = {
+            "job-name": self.name,
+            "nodes": self.nodes,
+            "ntasks-per-node": self.tasks,
+            "gpus-per-node": self.tasks,
+            "time": f"{int(self.hours * MARGIN) + 1}:00:00",
+            "output": f"{folder}/jobs/%x-%j.log",
+        }
+        return job_script(self.template, options, self.variables, self.arguments)
 
     def digest(self, folder: Path) -> str:
         """Of all that decides what the job does."""
@@ -177,11 +169,21 @@ def _training(arm: Arm, files: Files) -> ClusterJob:
     head = "".join(f"# {one}\n" for one in (f"{arm.name}: {base} and", *marked))
     tokens = settings.training.steps * settings.training.global_batch_size * settings.data.sequence_length
     hours = GUESSED["alignment"] if is_alignment(arm) else tokens / _speed(settings) / 3600
-    path = shlex.quote(str(_config_path(arm.name, files.folder)))
-    body = TRAINING.format(run=shlex.quote(settings.run.dir), tool=arm.tool, config=path)
+    path = str(_config_path(arm.name, files.folder))
+    variables = {"CONFIG": path, "RUN": settings.run.dir, "PROGRAM": arm.tool}
     needs = tuple(need for need in arm.needs if need != LANGUAGE_MODEL)  # that is the user's file
     return ClusterJob(
-        arm.name, body, needs, hours, nodes, tasks, tokens, tuple(marked), head + config.to_yaml(settings)
+        arm.name,
+        "pretrain",
+        variables,
+        (),
+        needs,
+        hours,
+        nodes,
+        tasks,
+        tokens,
+        tuple(marked),
+        head + config.to_yaml(settings),
     )
 
 
@@ -202,8 +204,8 @@ def _evaluations(experiments: Sequence[str], files: Files) -> list[jobs.Job]:
 
 
 def _evaluation(job: jobs.Job) -> ClusterJob:
-    body = shlex.join(("srun", "python", *job.command[1:]))  # the cluster's interpreter, whichever prints this
-    return ClusterJob(job.name, body, job.needs, GUESSED[job.name.partition("-")[0]])
+    command = tuple(str(word) for word in job.command[1:])  # the cluster's interpreter, whichever prints this
+    return ClusterJob(job.name, "evaluate", {}, command, job.needs, GUESSED[job.name.partition("-")[0]])
 
 
 def settings_of(arm: Arm, files: Files) -> tuple[Config, list[str]]:

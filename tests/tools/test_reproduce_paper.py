@@ -176,7 +176,7 @@ def test_the_papers_scale_is_a_config_and_a_script_for_every_run(paper):
         assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
         assert f"--gpus-per-node={1 if name in {*measured, 'probe', 'alignment-0'} else 8}\n" in script
     assert f"--pretrained pretrained/open_lm_1b --runs {folder}/runs/pretrained-0" in scripts["probe"]
-    assert "srun python tools/evaluate.py fid" in scripts["fid-random-0"] and "coco30k" in scripts["fid-random-0"]
+    assert "set -- tools/evaluate.py fid" in scripts["fid-random-0"] and "coco30k" in scripts["fid-random-0"]
     assert re.search(r"^random-0 +100\.0B +\d+\.\d +1,\d{3} ", printed, re.MULTILINE)
     assert "model.pretrained=pretrained/open_lm_1b [paper]" in printed and "seed=0 [ours]" in printed
 
