@@ -11,12 +11,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 GPU_PYTHON := $(or $(PY),$(BIN)/python)
 GPU_ENV := $(if $(PY),,env-test)
 
-<<<<<<< HEAD
-.PHONY: env env-test demo test test-full gpu-path test-gpu sanitize-gpu bench-gpu lint bench soak clean
-.PHONY: image image-gpu test-images
-=======
 .PHONY: env env-test demo test test-full test-slurm gpu-path test-gpu sanitize-gpu bench-gpu lint bench soak clean
->>>>>>> scripts
+.PHONY: image image-gpu test-images
 
 # env: what the demo needs. env-test: with it what the tests, the linter and the benchmarks need.
 env: $(VENV)/.installed
