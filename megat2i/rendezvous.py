@@ -262,7 +262,10 @@ def _answer_the_roll(launch: Launch, port: int, deadline: float) -> Verdict:
             f"rank {launch.rank} on {launch.node} came to the roll call, but rank 0 ended during it: see what rank 0 "
             "said, and start again"
         )
-    return Verdict(**verdict)
+    try:
+        return Verdict(**verdict)
+    except TypeError as error:
+        raise _stranger(launch, port, "a launch of another version of megat2i") from error
 
 
 def _greeted(launch: Launch, connection: socket.socket, lines: "_Lines") -> str | None:
