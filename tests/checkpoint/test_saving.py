@@ -21,7 +21,7 @@ from megat2i.checkpoint import folder as contents
 
 @pytest.mark.parametrize(
     ("function", "failing"),  # only the first rank makes the folder
-    [("_prepare", 0), *((function, rank) for function in ("save_file", "write_json", "fsync") for rank in (0, 1))],
+    [("_prepare", 0), *((function, rank) for function in ("save_file", "_write_listing", "fsync") for rank in (0, 1))],
 )
 def test_a_rank_that_cannot_write_fails_all_and_loses_nothing(tmp_path, monkeypatch, function, failing):
     """A full disk, as the writer sees it."""

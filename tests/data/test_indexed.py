@@ -353,6 +353,7 @@ def test_damaged_indices(store_with_manifest, tmp_path, mutants):
     """Without a manifest all that can slip through is what the format cannot show; with one, nothing at all."""
     index = Path(f"{store_with_manifest}.idx").read_bytes()
     original, plain = IndexedDataset(store_with_manifest), tmp_path / "plain"
+    expected = [original.sequence(number).tobytes() for number in range(len(original))]
     os.link(f"{store_with_manifest}.bin", f"{plain}.bin")
     os.link(f"{store_with_manifest}.idx", f"{plain}.idx")
     documents_start = 34 + 12 * len(original)
@@ -380,7 +381,7 @@ def test_damaged_indices(store_with_manifest, tmp_path, mutants):
             changed = {at for at in range(len(mutant)) if mutant[at] != index[at]}
             assert changed <= unprovable and store.dtype.itemsize == original.dtype.itemsize
             for sequence in range(len(store)):  # in bounds, and the same bytes
-                assert store.sequence(sequence).tobytes() == original.sequence(sequence).tobytes()
+                assert store.sequence(sequence).tobytes() == expected[sequence]
     assert refused > 0.7 * mutants and accepted > 20, (refused, accepted)
 
 
