@@ -12,15 +12,18 @@ from megat2i.kernels.libraries import LibraryError, describe_libraries, require_
 def package(tmp_path, monkeypatch):
     """Function of {file name: source} that puts these files first on the path."""
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("flash_attn", "flash_attn_2_cuda", "apex", "apex.optimizers", "amp_C"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    names = {"flash_attn", "flash_attn_2_cuda", "apex", "apex.optimizers", "apex.optimizers.fused_adam", "amp_C"}
+    before = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
 
     def make(files):
         for file, source in files.items():
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / file).write_text(source)
 
-    return make
+    yield make
+    for name in names & sys.modules.keys():  # else other tests would find these
+        del sys.modules[name]
+    sys.modules.update(before)
 
 
 def test_flash_attn_that_imports(package):

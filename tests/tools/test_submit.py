@@ -94,8 +94,12 @@ def test_in_a_container_the_images_code_runs_with_the_folder_mounted(tmp_path):
     settings = {"CONFIG": "c.yaml", "RUN": "run", "CONTAINER": "a.sqsh", "MOUNTS": "/d:/d"}
     script = job_script("pretrain", {}, settings, ["data.seed=1"])
     environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
-    done = subprocess.run(["bash"], input=script, text=True, cwd=tmp_path, env=environment, capture_output=True)
-    assert done.returncode == 0, done.stdout + done.stderr  # it ended with 0 and left nothing: as with stop_at
+    log = tmp_path / "log"  # not a pipe, which the script's last "sleep" would hold open
+    with open(log, "w") as output:
+        done = subprocess.run(
+            ["bash"], input=script, text=True, cwd=tmp_path, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+    assert done.returncode == 0, log.read_text()  # it ended with 0 and left nothing: as with stop_at
     image, *words = (tmp_path / "srun").read_text().splitlines()
     assert image == "a.sqsh" and "--kill-on-bad-exit=1" in words and "--no-container-mount-home" in words
     assert f"--container-mounts={tmp_path}:{tmp_path},/d:/d" in words and f"--container-workdir={tmp_path}" in words
