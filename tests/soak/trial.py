@@ -65,7 +65,7 @@ class Trial:
             self.launch.kill()
         if self.mounted:
             unmount(self.disk)
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)  # a watchdog may outlive its rank for a moment
 
     # Launching
 
