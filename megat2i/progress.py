@@ -32,6 +32,15 @@ def progress(items: Iterable[Item], what: str, unit: str, total: int | None = No
             shown.update()
 
 
+def size_in_words(number: float) -> str:
+    """``number`` bytes in the largest unit that leaves a number of at least 1."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.4g} {unit}"
+        number /= 1000
+    return f"{number:.4g} TB"
+
+
 def count(number: int, noun: str) -> str:
     """A number of things in words: "1 image", "2,000 images"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

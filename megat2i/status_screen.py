@@ -2,7 +2,7 @@
 
 from megat2i.console import in_words, name_of
 from megat2i.printable import printable
-from megat2i.progress import count
+from megat2i.progress import count, size_in_words
 from megat2i.run_status import RECENT, duration
 
 LABEL_WIDTH = 14
@@ -60,15 +60,7 @@ def _checkpoint(status: dict) -> str:
     if saved is None:
         return "none yet"
     behind = f", {count(status['step'] - saved['step'], 'step')} behind" if status["step"] > saved["step"] else ""
-    return f"step {saved['step']:,}, {duration(saved['age_s'])} ago{behind}, {_size(saved['bytes'])}"
-
-
-def _size(number: int) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"
+    return f"step {saved['step']:,}, {duration(saved['age_s'])} ago{behind}, {size_in_words(saved['bytes'])}"
 
 
 def _slowest_rank(measured: dict | None) -> str:

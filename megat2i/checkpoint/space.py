@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megat2i.checkpoint.agreement import CheckpointError, device_of_collectives, first_problem
 from megat2i.checkpoint.folder import committed
 from megat2i.optim.engine import Fragment
-from megat2i.progress import count
+from megat2i.progress import count, size_in_words
 
 VALUE_BYTES = 4  # every value is written as float32
 
@@ -36,22 +36,16 @@ def _shortage(folder: Path, name: str, needed: int) -> str | None:
         return None
     old = committed(folder)
     present = (
-        f"{count(len(old), 'checkpoint')} there, {_size(sum(map(_bytes, old)))} in all" if old else "none is there yet"
+        f"{count(len(old), 'checkpoint')} there, {size_in_words(sum(map(_bytes, old)))} in all"
+        if old
+        else "none is there yet"
     )
     return (
-        f"{folder / name} needs {_size(needed)}, and its file system has {_size(free)} free ({present}): free space "
-        "there, for instance by fewer training.keep_checkpoints or old checkpoints that you remove, then continue with "
-        "--resume"
+        f"{folder / name} needs {size_in_words(needed)}, and its file system has {size_in_words(free)} free ({present}): "
+        "free space there, for instance by fewer training.keep_checkpoints or old checkpoints that you remove, then "
+        "continue with --resume"
     )
 
 
 def _bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.iterdir())
-
-
-def _size(number: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.4g} {unit}"
-        number /= 1000
-    return f"{number:.4g} TB"
