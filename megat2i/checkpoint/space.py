@@ -42,8 +42,8 @@ def _shortage(folder: Path, name: str, needed: int) -> str | None:
     )
     return (
         f"{folder / name} needs {size_in_words(needed)}, and its file system has {size_in_words(free)} free ({present}): "
-        "free space there, for instance by fewer training.keep_checkpoints or old checkpoints that you remove, then "
-        "continue with --resume"
+        "free space there, for instance by fewer training.keep_checkpoints or old checkpoints that you remove, "
+        "then continue with --resume"
     )
 
 
