@@ -41,9 +41,9 @@ def _shortage(folder: Path, name: str, needed: int) -> str | None:
         else "none is there yet"
     )
     return (
-        f"{folder / name} needs {size_in_words(needed)}, and its file system has {size_in_words(free)} free ({present}): "
-        "free space there, for instance by fewer training.keep_checkpoints or old checkpoints that you remove, "
-        "then continue with --resume"
+        f"{folder / name} needs {size_in_words(needed)}, and its file system has {size_in_words(free)} free "
+        f"({present}): free space there, for instance by fewer training.keep_checkpoints or old checkpoints that you "
+        "remove, then continue with --resume"
     )
 
 
