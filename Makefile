@@ -39,7 +39,7 @@ test-full: env-test lint
 # On a private SLURM cluster: apt-get install slurm-wlm munge; skipped where it cannot be, failed where CI is set.
 test-slurm: env-test
 	@if command -v shellcheck > /dev/null; then shellcheck tools/slurm/*.sbatch; fi
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slurm -n 3 --dist loadgroup tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slurm -n 3 --dist loadfile --durations=10 tests/slurm
 
 # On a machine with a GPU and a CUDA build of PyTorch of its own, without installing anything and without a network:
 # make test-gpu PY=python. The kernels need torch, triton and pytest; the model also numpy, omegaconf, safetensors, tqdm,
@@ -105,7 +105,7 @@ lint: env-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Images, by docker, podman or buildah: README.md, "In a container". IMAGE_OPTIONS go to the builder.
+# Images, by docker, podman or buildah: docs/in-a-container.md. IMAGE_OPTIONS go to the builder.
 IMAGE_OPTIONS ?=
 image:
 	@sh docker/build.sh cpu $(IMAGE_OPTIONS)

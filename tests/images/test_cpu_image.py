@@ -92,6 +92,13 @@ def test_five_steps_and_a_resume(trained):
     assert run.stat().st_uid == UID
 
 
+def test_a_run_records_the_revision(storage, cpu_image, trained):
+    run, _ = trained
+    image = json.loads(storage.buildah("inspect", "--type", "image", cpu_image[0]))["OCIv1"]["config"]
+    recorded = json.loads((run / "environment.json").read_text())["git_commit"]
+    assert recorded == image["Labels"]["org.opencontainers.image.revision"]
+
+
 def test_the_page_to_draw_on(storage, cpu_image, trained):
     run, _ = trained
     done = storage.run(cpu_image[0], "python", "-c", ASK, f"{CODE}/tools/serve.py", str(run), mounts={run: f"{run}:ro"})

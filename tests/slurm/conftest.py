@@ -11,7 +11,7 @@ import pytest
 from megat2i.config import to_yaml
 from slurm.private_cluster import PrivateCluster, missing
 
-STEPS = 120
+STEPS = 160
 
 
 @pytest.fixture(scope="session", autouse=True)

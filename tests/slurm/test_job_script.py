@@ -96,6 +96,7 @@ def test_a_lost_node_is_no_end(cluster, script, work):
     cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     cluster.wait_for(job.id, ("PENDING",), 30)
     cluster.run("scontrol", "update", "nodename=n2", "state=idle")
+    cluster.wait_for_nodes()
     cluster.start_again(job.id)
     assert job.end() == "COMPLETED" and cluster.restarts(job.id) == 1
 

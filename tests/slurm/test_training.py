@@ -18,8 +18,6 @@ from megat2i.slurm import port
 from slurm.private_cluster import ENDED, PrivateCluster
 from slurm.training_job import TrainingJob, left, lines
 
-pytestmark = pytest.mark.xdist_group("training")
-
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
@@ -115,6 +113,7 @@ def test_node_down(cluster, chain):
     cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     cluster.wait_for(chain.job.id, ("PENDING",), 90)
     cluster.run("scontrol", "update", "nodename=n2", "state=idle")
+    cluster.wait_for_nodes()
     chain.go_on()
 
 
@@ -161,10 +160,12 @@ def test_time_limit(cluster, chain, submit, run_dir):
     cluster.run("scancel", chain.job.id)
     chain.job.end()
     chain.job, chain.restarts = submit("--time=1", "--signal=USR2@1"), 1
+    chain.job.set_pace(1.5)  # the minute is over before the schedule is
     chain.job.wait_for_steps()
     cluster.wait_for(chain.job.id, ("PENDING",), 180)
     assert left(run_dir)["reason"] == "time limit"
     cluster.run("scontrol", "update", f"jobid={chain.job.id}", "TimeLimit=20")
+    chain.job.set_pace(0)
     cluster.start_again(chain.job.id, chain.restarts)
 
 

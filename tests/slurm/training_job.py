@@ -1,6 +1,7 @@
 """A training of a tiny model as a SLURM job of 2 nodes x 2 ranks, and what its folder says."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ TIMES = ("tokens_per_s", "step_s", "mfu")
 
 
 class TrainingJob:
-    """tools/slurm/pretrain.sbatch with the real program, whose steps take ``pace_s`` longer than they need to."""
+    """tools/slurm/pretrain.sbatch with the real program, whose steps take ``pace_s`` longer (see ``set_pace``)."""
 
     def __init__(
         self,
@@ -25,11 +26,18 @@ class TrainingJob:
     ):
         self.cluster, self.run_dir, self.work = cluster, run_dir, config.parent
         (self.work / "logs").mkdir(exist_ok=True)
-        environment = {"CODE": str(PACED), "CONFIG": str(config), "RUN": str(run_dir), "PACE_S": str(pace_s)}
+        self.set_pace(pace_s)
+        environment = {"CODE": str(PACED), "CONFIG": str(config), "RUN": str(run_dir), "PACE": str(self.work / "pace")}
         environment |= {"ABSENT": str(self.work / "absent")} | variables
         layout = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--time=20", "--signal=USR1@5")
         command = ("sbatch", "--parsable", *layout, *options, str(script))
         self.id = cluster.run(*command, cwd=self.work, environment=environment)
+
+    def set_pace(self, seconds: float) -> None:
+        """From the next step on, steps take ``seconds`` longer."""
+        new = self.work / "pace.new"
+        new.write_text(str(seconds))
+        os.replace(new, self.work / "pace")
 
     def wait_for_steps(self, number: int = 3, seconds: float = 300) -> int:
         """Until this start has made ``number`` steps; the last step."""

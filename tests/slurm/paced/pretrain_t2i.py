@@ -1,6 +1,6 @@
-"""pretrain_t2i.py with steps that take PACE_S longer, so that what hits a job hits a step; absent ranks do nothing.
+"""pretrain_t2i.py with slower steps, so that what hits a job hits a step; absent ranks do nothing.
 
-ABSENT: file with the number of the rank that does not come.
+PACE: file with the seconds that each step takes longer. ABSENT: file with the number of the rank that does not come.
 """
 
 import os
@@ -22,7 +22,7 @@ step = trainer.train_step
 
 
 def paced(*arguments, **options):
-    time.sleep(float(os.environ["PACE_S"]))
+    time.sleep(float(Path(os.environ["PACE"]).read_text()))
     return step(*arguments, **options)
 
 
