@@ -9,6 +9,7 @@ from pathlib import Path
 
 PROGRAMS = ("deepspeed", "ds", "torchrun")
 REMOTE_SHELL = "sshd"
+SLURM_STEP_DAEMON = "slurmstepd"  # starts the tasks of one machine, and is the only one to end them
 DEEPSPEED_LAUNCH = "deepspeed.launcher.launch"  # starts the ranks of one machine
 MODULES = (DEEPSPEED_LAUNCH, "deepspeed.launcher.runner", "torch.distributed.run", "torch.distributed.launch")
 ENDED = ("Z", "X")  # states in proc(5); the parent may not have asked for the exit code yet
@@ -73,16 +74,13 @@ class Process:
 def launchers_above() -> list[Process] | None:
     """The processes that a launch of several ranks stands or falls with, the nearest first.
 
-    Empty where neither DeepSpeed nor torchrun started this process; None where one of them has ended already.
+    Empty where neither DeepSpeed, torchrun nor SLURM started this process; None where DeepSpeed's launcher or torchrun
+    has ended already.
     """
     if not {"LOCAL_SIZE", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
-        return []
+        return _slurm_step_daemon()
     myself = Process.of(os.getpid())
-    ancestors = []
-    process = myself.parent
-    while process is not None:
-        ancestors.append(process)
-        process = process.parent
+    ancestors = _ancestors(myself)
     # The parent is one whatever its command line says: these variables are of ranks alone.
     last = max((number for number, ancestor in enumerate(ancestors) if ancestor.is_launcher), default=0)
     chain = ancestors[: last + 1]
@@ -93,6 +91,24 @@ def launchers_above() -> list[Process] | None:
         shells = [number for number, one in enumerate(ancestors) if one.command[0].startswith(REMOTE_SHELL)]
         chain = ancestors[: shells[0] + 1] if shells else chain
     return chain
+
+
+def _ancestors(process: Process) -> list[Process]:
+    """The processes above ``process``, its parent first."""
+    ancestors = []
+    parent = process.parent
+    while parent is not None:
+        ancestors.append(parent)
+        parent = parent.parent
+    return ancestors
+
+
+def _slurm_step_daemon() -> list[Process]:
+    """The slurmstepd above a task of srun, alone in a list; empty where there is none or it cannot be seen."""
+    if "SLURM_PROCID" not in os.environ:
+        return []
+    ancestors = _ancestors(Process.of(os.getpid()))
+    return [ancestor for ancestor in ancestors if " ".join(ancestor.command).startswith(SLURM_STEP_DAEMON)][:1]
 
 
 def missing_siblings() -> bool:

@@ -109,6 +109,6 @@ def test_whatever_ends_a_launcher_ends_its_ranks(launch, tmp_path, name, number)
 
 
 def test_a_process_without_a_launcher_survives_its_shell(monkeypatch):
-    for name in ("LOCAL_SIZE", "TORCHELASTIC_RUN_ID"):
+    for name in ("LOCAL_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     assert launchers_above() == []

@@ -63,6 +63,18 @@ def test_on_another_machine_the_remote_shell_is_watched_too(start, tmp_path):
     assert [command[0] for command in chain] == [sys.executable, "sshd: user@notty"]
 
 
+@pytest.mark.parametrize("task", (True, False))
+def test_the_daemon_of_a_slurm_step_is_watched(start, tmp_path, task):
+    """Without the variable of a task it is some other process's business."""
+    shell = "import subprocess, sys; subprocess.call(sys.argv[1:])"
+    command = f"exec -a 'slurmstepd: [7.0]' {sys.executable} -c '{shell}' {sys.executable} {tmp_path / 'rank.py'}"
+    environment = os.environ | ({"SLURM_PROCID": "1"} if task else {})
+    for name in ("LOCAL_SIZE", "TORCHELASTIC_RUN_ID", *(() if task else ("SLURM_PROCID",))):
+        environment.pop(name, None)
+    chain = json.loads(subprocess.check_output(["bash", "-c", command], env=environment))
+    assert [above[0] for above in chain] == (["slurmstepd: [7.0]"] if task else [])
+
+
 def test_a_launcher_that_ended_before_its_ranks_began_is_noticed(start):
     process = start(*start.runner, delay=1.0)
     time.sleep(0.5)

@@ -48,7 +48,7 @@ def write_config(run_config):
 
     def write(path: Path, run_dir: Path) -> Path:
         settings = run_config(run_dir)
-        training = replace(settings.training, steps=STEPS, checkpoint_every=10, evaluate_every=50)
+        training = replace(settings.training, steps=STEPS, checkpoint_every=2, evaluate_every=50)
         runtime = replace(settings.runtime, watchdog_s=20.0, self_test=False)
         path.write_text(to_yaml(replace(settings, training=training, runtime=runtime)))
         return path

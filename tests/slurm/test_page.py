@@ -6,6 +6,7 @@ What is submitted is held, so that nothing trains here: what the jobs then do is
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,9 @@ def project(tmp_path, repository, run_config) -> Path:
     """A folder with the checkout's tools and a configuration of 64 ranks."""
     (tmp_path / "tools").symlink_to(repository / "tools")
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs/mine.yaml").write_text(
-        to_yaml(run_config(tmp_path / "runs/mine")).replace("global_batch_size: 4", "global_batch_size: 64")
-    )
+    config = run_config(Path("runs/mine"))
+    training = replace(config.training, global_batch_size=128)
+    (tmp_path / "configs/mine.yaml").write_text(to_yaml(replace(config, training=training)))
     return tmp_path
 
 
@@ -58,8 +59,5 @@ def test_slurm_accepts_every_command(cluster, repository, project):
 def test_a_wrong_option_is_noticed(cluster, repository, project):
     """The control of the test above."""
     script = str(repository / "tools/slurm/evaluate.sbatch")
-    for wrong in ("--gpus-per-node=9", "--partition=other"):
-        done = subprocess.run(
-            ["sbatch", "--hold", wrong, script, "x.py"], cwd=project, env=cluster.environment, capture_output=True
-        )
-        assert done.returncode
+    command = ["sbatch", "--hold", "--partition=other", script, "x.py"]
+    assert subprocess.run(command, cwd=project, env=cluster.environment, capture_output=True).returncode

@@ -130,7 +130,7 @@ def test_one_rank_stopped(cluster, chain):
 
 
 def test_slurmstepd_killed(cluster, chain):
-    """SLURM never learns of the end of that node's ranks; the job goes on all the same."""
+    """Nobody else could end that node's ranks, so they end by themselves; SLURM never learns of it."""
     cluster.kill(cluster.pids("slurmstepd", f"[{chain.job.id}.0]")[-1:])
     chain.go_on(240)
 
