@@ -34,7 +34,7 @@ data:
   valid: {data}
   sequence_length: 40
   caption_dropout: 0.1
-model: {{hidden: 64, layers: 4, heads: 4, key_value_heads: 2, positions: rotary, qk_norm: true}}
+model: {{hidden: 64, layers: 4, heads: 4, kv_heads: 2, positions: rotary, qk_norm: true}}
 training:
   steps: {steps}
   global_batch_size: 16

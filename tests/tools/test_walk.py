@@ -127,5 +127,6 @@ def test_guidance_needs_empty_captions_in_training(repository, walked):
         forced = generate(repository, walked, "--prompts", "red circle", "--guidance", 3, "--force", output="forced")
     finally:
         (walked / "run/config.yaml").write_text(settings)
-    assert refused.returncode != 0 and "caption_dropout" in refused.stderr and refused.stderr.count("\n") == 1
+    lines = [line for line in refused.stderr.splitlines() if not line.endswith("so far")]  # progress, on a slow machine
+    assert refused.returncode != 0 and len(lines) == 1 and "caption_dropout" in lines[0]
     assert forced.returncode == 0, forced.stderr
